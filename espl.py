@@ -1,0 +1,2050 @@
+"""E-SPL: Evolutionary System Prompt Learning for RL in LLMs (arXiv 2602.14697), in one file of JAX.
+
+    python espl.py --task aime                                   # AIME -> BeyondAIME with Qwen/Qwen3-1.7B from the hub
+    python espl.py --task aime --mode rl                         # a baseline: evolution | reflection | rl
+    python espl.py --resume runs/aime-espl-20260214-120000       # go on after the last complete iteration
+
+Each iteration samples rollouts under several system prompts of a population, takes one policy-gradient step on the
+weights, updates every prompt's TrueSkill rating from how it ranked, and breeds new prompts by letting the reference
+model reflect on the rollouts. Algorithm 1 is `espl_iteration`; its lines, in order, are
+
+    sample M prompts from S, p_i ~ mu_i + lambda sigma_i     select
+    sample N solutions y_ij ~ pi_theta(. | s_i, x)           generate     (section 6)
+    r_ij = R(x, y_ij), V_i = mean_j r_ij                     Task.grade, Attempts.value
+    theta <- theta + alpha grad (J - beta KL)                rl_update    (section 7; J is `surrogate`)
+    rank by V_i, TrueSkill.update                            update_ratings
+    k = argmax V_i; reflect on its rollouts; git.apply       mutate, apply_operations, add_child
+    with p_crossover: Algorithm 2                            crossover, crossover_parents, add_child
+
+Where this file departs from the paper (P) or from its released code (C), and why:
+ 1. Selection: the highest score plus random others (P's "simplified" strategy); --selection has P's softmax and more.
+ 2. A pool of fewer than M prompts is not padded with copies (C); the others get the spare rollouts: equal budgets.
+ 3. A child's sigma is sqrt(sigma^2 + dsigma^2) (P's appendix, C), not sigma + dsigma (P's Algorithm 1).
+ 4. Ties: in the ranking neighbours within 0.01 tie; ties for the best prompt are broken at random, seeded.
+ 5. Principles go into the system turn (P), not after the problem (C); --prompt-role user for the latter.
+ 6. A validation split of the training problems picks prompt and checkpoint; the test set only reports. C picks by test
+    score, and the paper's figures are running maxima over the test set.
+ 7. The policy is the tempered softmax: sampler and trainer divide logits by the same temperature. With top_p < 1 the
+    sampler renormalises and the trainer does not; the mean importance ratio is logged.
+ 8. Every reflected operation is checked on its own and dropped alone if it is bad; C lets one bad item spoil the reply,
+    lets "B.G0" overwrite A's G0 and creates principles from invented ids.
+ 9. A principle that gives away a training problem or its answer is dropped (--allow-leaks keeps it).
+10. A batch without a learning signal is a logged no-op. Adam's state and the population survive --resume exactly.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import queue
+import re
+import subprocess
+import sys
+import textwrap
+import time
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax  # noqa: E402  (after the environment is set)
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import trueskill
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that says what to do; the program prints it and exits with code 2."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of somebody else's error message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def progress(iterable=None, **kwargs):
+    """A progress bar that vanishes when done, so that the log keeps one line an iteration."""
+    return tqdm(iterable, leave=False, dynamic_ncols=True, disable=None, **kwargs)
+
+
+# ======================================================================================================================
+# 2. Config: every hyper-parameter is a flag. Defaults are the paper's (section Hyper-parameters) where it gives them.
+# ======================================================================================================================
+
+TASKS = {  # --task: (train sets, test sets), each "hub data set:split"
+    "aime": (["AI-MO/aimo-validation-aime:train"], ["ByteDance-Seed/BeyondAIME:test"]),
+    "aime_amc": (["AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"], ["ByteDance-Seed/BeyondAIME:test"]),
+    "dapo": (["BytedTsinghua-SIA/DAPO-Math-17k:train"], ["yentinglin/aime_2025:train"]),
+    "hmmt": ([f"MathArena/hmmt_feb_{y}:train" for y in (2023, 2024, 2025)], ["MathArena/hmmt_nov_2025:train"]),
+}
+MODES = ("espl", "evolution", "reflection", "rl")
+LOSSES = ("importance_sampling", "ppo", "cispo", "reinforce")
+
+
+def flag(default, group: str, text: str, symbol: str = "", low=None, high=None, choices=None):
+    """A field of Config: default, help group, help text, the paper's symbol, bounds or choices."""
+    return field(default=default, metadata=dict(group=group, text=text, symbol=symbol, low=low, high=high, choices=choices))
+
+
+@dataclass
+class Config:
+    """Everything that decides a run. --help prints this class."""
+    task: str = flag("", "Task", "train -> test problems", choices=tuple(TASKS))
+    train_file: str = flag("", "Task", "JSONL of training problems instead: problem|question, answer|groundtruth|golden_answers")
+    test_file: str = flag("", "Task", "JSONL of test problems instead")
+    train_size: int = flag(256, "Task", "most training problems, validation included", low=1)
+    val_size: int = flag(16, "Task", "training problems set aside to pick by; at most a fifth of them", low=0)
+    prompts_file: str = flag("", "Task", "root principles and reflection requests (default: prompts_seed.txt beside espl.py)")
+
+    model: str = flag("Qwen/Qwen3-1.7B", "Model", "Hugging Face hub name or local directory")
+    dtype: str = flag("auto", "Model", "activations and frozen weights (auto: bfloat16, on CPU float32)",
+                      choices=("auto", "bfloat16", "float32"))
+    lora_rank: int = flag(32, "Model", "rank of the adapter; 0 trains all weights", low=0)
+    lora_alpha: float = flag(32.0, "Model", "the adapter's output is scaled by alpha / rank", low=0)
+    model_parallel: int = flag(1, "Model", "devices along the mesh's model axis; the rest are its data axis", low=1)
+
+    mode: str = flag("espl", "Algorithm 1", "what learns: weights and prompts, prompts, one prompt, weights", choices=MODES)
+    batch_size: int = flag(10, "Algorithm 1", "problems in a batch", "B", low=1)
+    num_rollouts: int = flag(5, "Algorithm 1", "rollouts of each prompt on each problem", "N", low=1)
+    num_prompts: int = flag(3, "Algorithm 1", "system prompts in a batch", "M", low=1)
+    epochs: int = flag(10, "Algorithm 1", "passes over the training problems", low=1)
+    iterations: int = flag(0, "Algorithm 1", "stop after this many iterations (0: as the epochs say)", low=0)
+    seed: int = flag(0, "Algorithm 1", "decides the whole run", low=0, high=2**31 - 1)
+
+    learning_rate: float = flag(4e-5, "RL update", "Adam's, betas (0.9, 0.95), eps 1e-8", "alpha", low=0)
+    loss: str = flag("importance_sampling", "RL update", "surrogate for J", choices=LOSSES)
+    baseline: str = flag("prompt", "RL update", "advantage: r - V[i,b], or r - mean over all prompts", choices=("prompt", "marginal"))
+    clip_low: float = flag(0.2, "RL update", "ppo, cispo: ratio at least 1 - this", low=0, high=1)
+    clip_high: float = flag(0.2, "RL update", "ppo, cispo: ratio at most 1 + this", low=0)
+    kl_coef: float = flag(0.0, "RL update", "weight of KL(pi_theta || pi_ref)", "beta", low=0)
+    max_grad_norm: float = flag(0.0, "RL update", "clip the gradient's global norm (0: off)", low=0)
+    mask_truncated: bool = flag(False, "RL update", "leave responses cut at the limit out of the loss")
+    microbatch_tokens: int = flag(16384, "RL update", "tokens of a gradient-accumulation step; lower it when out of memory", low=1)
+
+    temperature: float = flag(0.6, "Sampling", "of rollouts; the policy is the tempered distribution", low=1e-3)
+    top_p: float = flag(0.95, "Sampling", "nucleus mass of rollouts", low=1e-6, high=1)
+    max_new_tokens: int = flag(15000, "Sampling", "longest response", low=1)
+    context: int = flag(0, "Sampling", "most tokens of prompt and response (0: what the model was made for)", low=0)
+    slots: int = flag(0, "Sampling", "rollouts decoded at once (0: as memory allows)", low=0)
+    prompt_role: str = flag("system", "Sampling", "turn that carries the system prompt", choices=("system", "user"))
+    thinking: bool = flag(True, "Sampling", "passed to the chat template as enable_thinking")
+
+    selection: str = flag("top_random", "Evolution", "how the M prompts are chosen",
+                          choices=("top_random", "softmax", "uniform", "ucb", "lucb"))
+    selection_temperature: float = flag(1.0, "Evolution", "of --selection softmax", "T", low=1e-6)
+    ucb_lambda: float = flag(2.0, "Evolution", "score = mu + lambda sigma", "lambda", low=0)
+    window: int = flag(10, "Evolution", "only the most recent prompts are selected", "K", low=1)
+    max_pool_size: int = flag(200, "Evolution", "population size; the oldest leaves first", low=1)
+    p_crossover: float = flag(0.2, "Evolution", "probability of crossover in an iteration", "p_crossover", low=0, high=1)
+    delta_sigma: float = flag(1.0, "Evolution", "uncertainty added to a child's rating", "dsigma", low=0)
+
+    reflector: str = flag("reference", "Reflection", "who reflects: pi_ref or pi_theta", choices=("reference", "current"))
+    reflect_on: str = flag("contrast", "Reflection", "problems with 0 < V < 1, V < 1, or all", choices=("contrast", "failures", "all"))
+    max_operations: int = flag(2, "Reflection", "edits proposed for one problem", "K_ops", low=1)
+    reflect_temperature: float = flag(0.6, "Reflection", "sampling temperature (top_p as for rollouts)", low=0)
+    reflect_tokens: int = flag(8192, "Reflection", "longest reply", low=1)
+    max_principles: int = flag(40, "Reflection", "principles a prompt may have", low=1)
+    max_principle_words: int = flag(64, "Reflection", "words a principle may have (it is asked for 32)", low=1)
+    allow_leaks: bool = flag(False, "Reflection", "keep principles that give away a training problem or its answer")
+
+    eval_every: int = flag(10, "Evaluation", "iterations between evaluations; the first is before training", low=1)
+    test_samples: int = flag(10, "Evaluation", "responses to each problem", low=1)
+    test_prompt: str = flag("best", "Evaluation", "prompt tested: highest mu - lambda sigma, or the latest", choices=("best", "latest"))
+
+    run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
+    resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
+    save_every: int = flag(1, "Run", "iterations between checkpoints", low=1)
+    show_samples: int = flag(0, "Run", "print a response every so many iterations (0: never)", low=0)
+    compile_cache: str = flag("~/.cache/espl/jax", "Run", "folder of compiled programs ('': off)")
+
+
+RESUMABLE = ("epochs", "iterations", "save_every", "show_samples", "slots", "microbatch_tokens", "compile_cache")
+
+
+def parse_args(argv: list[str]) -> Config:
+    """Config from the command line; --resume takes the run's own flags. Raises UserError for impossible values."""
+    parser = argparse.ArgumentParser(
+        prog="espl.py", description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
+    groups = {}
+    for f in dataclasses.fields(Config):
+        m = f.metadata
+        group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]) if m["group"] not in groups else None)
+        symbol, kind = f"[{m['symbol']}] " if m["symbol"] else "", type(f.default)
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
+            type=kind, choices=m["choices"], metavar=None if m["choices"] else kind.__name__.upper())
+        default = "" if f.default == "" else f" (default: {f.default})"
+        group.add_argument("--" + f.name.replace("_", "-"), help=symbol + m["text"] + default, **how)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see python espl.py --help"))
+    given = vars(parser.parse_args(argv))
+    saved = {}
+    if given.get("resume"):
+        path = Path(given["resume"]) / "config.json"
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; --resume takes the directory of an earlier run")
+        saved = json.loads(path.read_text()) | {"run_dir": given["resume"]}
+        if fixed := [n for n in given if n not in RESUMABLE + ("resume",) and given[n] != saved.get(n)]:
+            raise UserError(f"--{fixed[0].replace('_', '-')} cannot change when resuming; start a new run")
+    config = Config(**(saved | given))
+    for f in dataclasses.fields(Config):
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        if low is not None and not low <= value <= (math.inf if high is None else high):  # catches nan as well
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be at least {low}" + (f", at most {high}" if high else ""))
+    if not config.task and not config.train_file:
+        parser.print_usage()
+        raise UserError("choose a --task, or give --train-file and --test-file; see python espl.py --help")
+    if not config.task and not config.test_file:
+        raise UserError("--train-file without a --task needs a --test-file as well")
+    return config
+
+
+# ======================================================================================================================
+# 3. Tasks: problems, the words sent to the model, and the reward. Forks start here.
+# ======================================================================================================================
+
+SLOTS = {  # sections of prompts_seed.txt and the slots each must contain
+    "system": ("principles",), "principles": (), "summarize": ("problem", "principles", "response", "grade", "answer"),
+    "critique": ("problem", "principles", "attempts", "answer", "max_operations"),
+    "aggregate": ("principles", "suggestions"), "crossover": ("sets", "wins"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question x with its accepted answers."""
+    id: str
+    question: str
+    answers: tuple[str, ...]
+
+    @property
+    def answer(self) -> str:
+        return " or ".join(self.answers)
+
+
+@dataclass
+class Task:
+    """What is learned: problems, reward and language. The loop knows nothing else about a task."""
+    name: str
+    train: list[Problem]
+    val: list[Problem]
+    test: list[Problem]
+    texts: dict[str, str]                      # this task's sections of prompts_seed.txt
+    grade: Callable[[list[tuple[Problem, str]]], list[tuple[float, str]]]  # (reward in [0, 1], outcome) of each response
+    parse: Callable[[str], list[dict] | None]  # operations in a reply; None: unreadable
+
+    @property
+    def root(self) -> list[str]:
+        """The principles of the root prompt."""
+        return [line.strip() for line in self.texts["principles"].splitlines() if line.strip()]
+
+
+def read_prompts(path: str, task: str) -> dict[str, str]:
+    """The sections of a prompts file for a task. Raises UserError naming a missing section or slot."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the prompts file {path}: {first_line(e)}") from e
+    _, *parts = re.split(r"^\[([\w.]+)\][ \t]*$", text, flags=re.M)
+    sections = {name: body.strip() for name, body in zip(parts[::2], parts[1::2])}
+    texts = {}
+    for name, slots in SLOTS.items():
+        texts[name] = sections.get(f"{task}.{name}", sections.get(name))
+        if texts[name] is None:
+            raise UserError(f"{path} has no section [{task}.{name}] or [{name}]; copy it from the original prompts_seed.txt")
+        if missing := [s for s in slots if "{" + s + "}" not in texts[name]]:
+            raise UserError(f"section [{name}] of {path} lacks the slot {{{missing[0]}}}; put it where it belongs")
+    return texts
+
+
+def fill(template: str, slots: dict[str, str]) -> str:
+    """Replace each {slot} in one pass: braces in LaTeX, JSON examples and filled-in text are left alone."""
+    return re.sub(r"\{(\w+)\}", lambda m: slots.get(m[1], m[0]), template)
+
+
+def system_text(task: Task, principles: list[str]) -> str:
+    """The system prompt s as the model reads it; without principles their paragraph is left out."""
+    paragraphs = task.texts["system"].split("\n\n")
+    kept = [p for p in paragraphs if principles or "{principles}" not in p]
+    return fill("\n\n".join(kept), {"principles": listing(numbered(principles))})
+
+
+def to_problem(record: Any, where: str) -> Problem:
+    """A Problem from one record of a data set or JSONL file."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not a JSON object; write {{\"problem\": …, \"answer\": …}} on each line")
+    if isinstance(record.get("prompt"), list) and isinstance(record.get("reward_model"), dict):  # DAPO-Math-17k
+        text = record["prompt"][0]["content"]  # its first and last paragraph are instructions of its own
+        record = {"problem": "\n\n".join(text.split("\n\n")[1:-1]), "answer": record["reward_model"]["ground_truth"]}
+    question = record.get("problem") or record.get("question")
+    answers = next((record[k] for k in ("answer", "groundtruth", "golden_answers") if record.get(k) is not None), None)
+    answers = answers if isinstance(answers, list) else [answers]
+    answers = tuple(str(a).strip() for a in answers if isinstance(a, (str, int, float)) and str(a).strip())
+    if not isinstance(question, str) or not question.strip() or not answers:
+        raise UserError(f"{where}: needs a text problem|question and an answer|groundtruth|golden_answers")
+    return Problem(where, question.strip(), answers)
+
+
+def read_jsonl(path: str) -> list[Problem]:
+    """Problems of a JSONL file, one a line. Raises UserError with file and line number."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path}: {first_line(e)}") from e
+    problems = []
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{path}:{n}: not JSON ({first_line(e)}); mend or remove this line") from e
+            problems.append(to_problem(record, f"{path}:{n}"))
+    return problems
+
+
+def read_hub(name: str) -> list[Problem]:
+    """Problems of a Hugging Face data set 'owner/name:split'."""
+    try:
+        from datasets import load_dataset
+        rows = load_dataset(name.split(":")[0], split=name.split(":")[1])
+        return [to_problem(dict(row), f"{name}:{i}") for i, row in enumerate(rows)]
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"cannot load the data set {name} ({first_line(e)}); "
+                        "download it where there is a network, or use --train-file and --test-file") from e
+
+
+def load_task(config: Config) -> Task:
+    """Problems, split into train and validation by the seed, and the texts of config's task."""
+    name = config.task or Path(config.train_file).stem
+    texts = read_prompts(config.prompts_file or str(Path(__file__).parent / "prompts_seed.txt"), "math")
+    sources = TASKS.get(config.task, ([], []))
+    train, test = (
+        list({p.question: p for p in problems}.values())  # duplicates removed
+        for problems in ([p for part in (map(read_jsonl, [file]) if file else map(read_hub, hub)) for p in part]
+                         for file, hub in ((config.train_file, sources[0]), (config.test_file, sources[1]))))
+    for problems, what in ((train, "training"), (test, "test")):
+        if not problems:
+            raise UserError(f"the {what} set is empty; check --{what[:5].rstrip('i')}-file")
+    seen = {p.question for p in test}
+    train = [p for p in train if p.question not in seen]  # never train on a test problem
+    order = np.random.default_rng([config.seed, zlib.crc32(b"split")]).permutation(len(train))[: config.train_size]
+    held = min(config.val_size, len(order) // 5)
+    val, train = [train[i] for i in order[:held]], [train[i] for i in order[held:]]
+    if not train:
+        raise UserError("every training problem is also a test problem; use another --train-file")
+    grader = MathGrader()
+    return Task(name, train, val, test, texts, lambda pairs: grader.grade_all([(p.answers, text) for p, text in pairs]),
+                parse_operations)
+
+
+@dataclass
+class Chat:
+    """Turns texts into token ids through the tokenizer's chat template, the same way everywhere.
+
+    Without a template the plain rendering is system text, blank line, user text, blank line. A template that refuses or
+    loses the system turn (Gemma 2) gets the system text at the top of the user turn.
+    """
+    tokenizer: Any
+    role: str = "system"
+    thinking: bool = True
+
+    def ids(self, system: str, user: str) -> list[int]:
+        """Token ids of the prompt that ends where the model's turn begins."""
+        if not self.tokenizer.chat_template:
+            return self.tokenizer("".join(t + "\n\n" for t in (system, user) if t)).input_ids
+        apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        first, second = (system, user) if self.role == "system" else (user, system)
+        joined = [{"role": "user", "content": "\n\n".join(t for t in (first, second) if t)}]
+        for messages in [apart, joined] if system and self.role == "system" else [joined]:
+            try:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                          enable_thinking=self.thinking)
+            except Exception as e:  # jinja2's TemplateError: "System role not supported"
+                error = e
+                continue
+            if system.strip() in text:
+                return self.tokenizer(text, add_special_tokens=False).input_ids  # the template wrote BOS itself
+        raise UserError(f"the tokenizer's chat template fails ({first_line(error)}); mend chat_template")
+
+    def text(self, tokens: list[int]) -> str:
+        """A response as text, without special tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+LONGEST_ANSWER = 1_000  # characters, far above any competition answer; a longer box holds a derivation or an attack
+
+# sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often inside one C call which no exception can interrupt.
+# So a worker process forks one child per answer and the kernel enforces both limits on it: SIGALRM keeps its default
+# action, which ends the child whatever it is doing, even when its parents are gone. As every child starts from the
+# same state, no answer can spoil the verdict on the next. math-verify's own timeouts, made of signals too, stay off.
+_WORKER = r"""
+import contextlib, json, os, resource, signal, sys
+seconds, max_bytes = float(sys.argv[1]), int(sys.argv[2])
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit
+    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+replies, sys.stdout = sys.stdout, sys.stderr  # nothing a library prints may look like a reply
+try:
+    from math_verify import LatexExtractionConfig, parse, verify
+except ImportError as error:
+    for _ in sys.stdin:
+        print(repr(error), file=replies, flush=True)
+    sys.exit()
+
+def read(answer):  # LaTeX only: the plain-text extractor would pick any number out of a sentence
+    return parse("\\boxed{" + answer + "}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+
+def same(golds, answer):
+    parsed = read(answer)
+    return any(verify(read(gold), parsed, timeout_seconds=None, raise_on_error=True) for gold in golds)
+
+same(["[1,2)", "x^2-1"], "(x+1)(\\frac{x}{1}-1)")  # fills caches which the children inherit: three times as fast
+for line in sys.stdin:  # ends when the parent closes the pipe or dies
+    if not (child := os.fork()):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        with contextlib.suppress(BaseException):
+            os._exit(0 if same(*json.loads(line)) else 1)
+        os._exit(2)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print({0: "correct", 1: "wrong", -signal.SIGALRM: "timeout"}.get(code, "error"), file=replies, flush=True)
+"""
+
+
+def final_text(text: str) -> str:
+    """What follows the last </think>, or all of `text` without one; "" while a <think> is still open."""
+    tail = text.rpartition("</think>")[2]
+    return "" if "<think>" in tail else tail
+
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last \\boxed{...}, or None when there is none or its braces do not balance."""
+    *before, rest = re.split(r"\\boxed\s*\{", text)
+    depth = 1
+    for token in re.finditer(r"\\.|[{}]", rest, re.DOTALL) if before else ():  # an escaped brace is one token: ignored
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            return rest[: token.start()]
+    return None
+
+
+def _integer(text: str) -> int | None:
+    """The integer that `text` plainly is (042, 1,000, $-7$.), else None."""
+    separator = r"(?:\\,|\{,\}|,(?:\\!)?)"  # of thousands, as LaTeX writers put it:  \,  {,}  ,  ,\!
+    match = re.fullmatch(rf"[\s$]*([+-]?(?:[0-9]+|[0-9]{{1,3}}(?:{separator}[0-9]{{3}})+))[\s$.]*", text)
+    return int(re.sub(separator, "", match[1])) if match and len(text) <= LONGEST_ANSWER else None
+
+
+class MathGrader:
+    """Grades answers, from any thread. Worker processes start when first needed; `close` ends them."""
+
+    def __init__(self, workers: int = 2, seconds: float = 5.0, max_bytes: int = 400 * 2**20):
+        self.workers, self._limits, self._warned = workers, (str(seconds), str(max_bytes)), False
+        self._idle = queue.LifoQueue()  # last in, first out: a single caller starts a single worker
+        for _ in range(workers):
+            self._idle.put(None)  # stands for a worker which is not running
+
+    def grade(self, answers: tuple[str, ...], text: str) -> tuple[float, str]:
+        """(reward, outcome) of a completion: correct (1.0), wrong, no_answer, timeout or error (all 0.0)."""
+        answer = (last_boxed(final_text(text)) or "").strip()
+        if not answer:
+            return 0.0, "no_answer"
+        number = _integer(answer)
+        if any(answer == gold or number is not None and number == _integer(gold) for gold in answers):
+            return 1.0, "correct"
+        golds = [gold for gold in answers if number is None or _integer(gold) is None]  # unequal integers are settled
+        outcome = self._ask(golds, answer) if golds and len(answer) <= LONGEST_ANSWER else "wrong"
+        return float(outcome == "correct"), outcome
+
+    def grade_all(self, pairs: list[tuple[tuple[str, ...], str]]) -> list[tuple[float, str]]:
+        """`grade` of each (answers, text), in order. All workers are at it, so that timeouts overlap."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(lambda pair: self.grade(*pair), pairs))
+
+    def close(self) -> None:
+        """End the workers, once they are idle. A later `grade` starts new ones."""
+        for worker in [self._idle.get() for _ in range(self.workers)]:
+            self._stop(worker)
+            self._idle.put(None)
+
+    def _ask(self, golds: list[str], answer: str) -> str:
+        """The outcome according to math-verify."""
+        worker, reply = self._idle.get(), ""
+        try:
+            for _ in range(2):  # a worker killed from outside says nothing about the answer: one more try
+                with contextlib.suppress(OSError):  # no new process, or a broken pipe
+                    worker = worker or self._start()
+                    print(json.dumps([golds, answer]), file=worker.stdin, flush=True)
+                    reply = worker.stdout.readline().strip()
+                if reply:
+                    break
+                worker = self._stop(worker)
+        except BaseException:  # say Ctrl-C: the reply still to come must not answer the next question
+            worker = self._stop(worker)
+            raise
+        finally:
+            self._idle.put(worker)
+        if reply in ("correct", "wrong", "timeout", "error"):
+            return reply
+        if not self._warned:
+            print(f"cannot run math-verify ({reply or 'its process ends'}): pip install math-verify", file=sys.stderr)
+        self._warned = True
+        return "error"
+
+    def _start(self) -> subprocess.Popen:
+        command, pipe = [sys.executable, "-c", _WORKER, *self._limits], subprocess.PIPE
+        quiet = {"stderr": subprocess.DEVNULL, "start_new_session": True}  # a session of its own: Ctrl-C is for us
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, **quiet)
+
+    @staticmethod
+    def _stop(worker: subprocess.Popen | None) -> None:
+        if worker:
+            with contextlib.suppress(OSError), worker:  # leaving the block closes the pipes and waits for the end
+                worker.kill()
+
+
+# ======================================================================================================================
+# 4. Evolution: the population of system prompts, its ratings, and the operators that breed new ones. No JAX in here.
+# ======================================================================================================================
+
+
+@dataclass
+class SystemPrompt:
+    """Member s of the population S: an ordered list of principles (G0, G1, …; none at the root), rating and lineage."""
+    id: int
+    principles: list[str]
+    mu: float = 25.0               # TrueSkill's defaults (paper, section Hyper-parameters)
+    sigma: float = 25.0 / 3
+    operation: str = "root"        # root, mutation or crossover
+    parents: list[int] = field(default_factory=list)
+    iteration: int = 0             # when it was made
+    history: list[dict] = field(default_factory=list)  # a line a tournament: iteration, value, rank, mu, sigma
+    scores: list[dict] = field(default_factory=list)   # a line an evaluation: iteration, split, score
+
+    def score(self, weight: float) -> float:
+        """mu + weight * sigma: optimistic (weight lambda, for selection) or cautious (-lambda, for testing)."""
+        return self.mu + weight * self.sigma
+
+
+@dataclass
+class Population:
+    """Every prompt ever made, in order of creation (a prompt's id is its index); the youngest are the pool S."""
+    prompts: list[SystemPrompt]
+    max_pool_size: int
+
+    @property
+    def pool(self) -> list[SystemPrompt]:  # Alg. 1's S: beyond max_pool_size the oldest leaves, its record stays
+        return self.prompts[-self.max_pool_size:]
+
+    def add(self, principles, mu, sigma, operation, parents, iteration) -> SystemPrompt:
+        child = SystemPrompt(len(self.prompts), principles, mu, sigma, operation, [p.id for p in parents], iteration)
+        self.prompts.append(child)
+        return child
+
+
+def argmax(scores, rng) -> int:
+    """Index of the largest score; exact ties are broken by the seeded generator."""
+    return int(rng.choice(np.flatnonzero(np.asarray(scores) == max(scores))))
+
+
+def select(population: Population, config: Config, rng) -> list[SystemPrompt]:
+    """M distinct prompts of the K most recent ones (all of them while there are fewer)   (Alg. 1; section Selection)."""
+    window = population.pool[-config.window:]
+    scores = np.array([s.score(config.ucb_lambda) for s in window])
+    order = rng.permutation(len(window))  # ties, and the random rest, in random order
+    match config.selection:
+        case "top_random":  # "always add the highest score, but randomly sample from the rest of the sliding window"
+            best = argmax(scores, rng)
+            order = sorted(order, key=lambda i: i != best)
+        case "softmax":     # p_i ~ exp(score_i / T) without replacement: the largest of score / T + Gumbel noise
+            noisy = scores / config.selection_temperature + rng.gumbel(size=len(window))
+            order = sorted(order, key=lambda i: -noisy[i])
+        case "ucb":
+            order = sorted(order, key=lambda i: -scores[i])
+        case "lucb":        # the best lower bound, then the best upper bounds
+            champion = max(order, key=lambda i: window[i].score(-config.ucb_lambda))
+            order = sorted(order, key=lambda i: (i != champion, -scores[i]))
+    return sorted((window[i] for i in order[: config.num_prompts]), key=lambda s: s.id)
+
+
+def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: int) -> None:
+    """One TrueSkill free-for-all among the prompts, ranked by V_i; neighbours in the ranking within 0.01 tie (Alg. 1)."""
+    order = sorted(range(len(prompts)), key=lambda i: (-values[i], prompts[i].id))
+    ranks = [0] * len(prompts)
+    for better, worse in zip(order, order[1:]):
+        ranks[worse] = ranks[better] + (values[better] - values[worse] > 0.01 + 1e-9)
+    if len(prompts) > 1:
+        env = trueskill.TrueSkill(mu=25.0, sigma=25.0 / 3, beta=25.0 / 6, tau=25.0 / 300, draw_probability=0.10)
+        # In order of rank, then id, whatever order the prompts came in: floating point gives the same ratings.
+        rated = env.rate([(env.create_rating(prompts[i].mu, prompts[i].sigma),) for i in order], [ranks[i] for i in order])
+        for i, (r,) in zip(order, rated):
+            prompts[i].mu, prompts[i].sigma = r.mu, r.sigma
+    for s, v, rank in zip(prompts, values, ranks):
+        s.history.append({"iteration": iteration, "value": v, "rank": rank, "mu": s.mu, "sigma": s.sigma})
+
+
+# ---- Operations: what a reflection may do to a list of principles -----------------------------------------------------
+
+LATEX_ESCAPE = re.compile(r"\\(?:[bfrt](?=[a-zA-Z])|n(?=(?:abla|e|eq|eg|i|mid|ot|otin|u|leq|geq)\b)|u(?![0-9a-fA-F]{4})"
+                          r"|[^\"\\/bfnrtu])")
+JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+
+
+def parse_operations(reply: str) -> list[dict] | None:
+    """The JSON list of operations at the end of a reply, read leniently; None when there is none ([] is an answer).
+
+    Copes with prose and several fences around it, comments, trailing commas, LaTeX backslashes, raw newlines in strings
+    and a list that breaks off (complete operations count). Text inside <think>…</think> is never read.
+    """
+    text = final_text(reply)
+    fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
+    for block in fenced[::-1] + [text[text.rfind("[{"):], text]:
+        strings = []  # take the strings out, so that what is removed below is never inside one
+        bare = JSON_STRING.sub(lambda m: strings.append(LATEX_ESCAPE.sub(r"\\\g<0>", m[0])) or f'"{len(strings) - 1}"', block)
+        bare = re.sub(r"//[^\n]*|#[^\n]*|/\*.*?\*/", "", bare, flags=re.S)
+        bare = re.sub(r",(?=\s*[}\]])", "", bare)
+        found, empty = [], re.search(r"\[\s*\]\W*$", bare)
+        for item in re.findall(r"\{[^{}]*\}", bare):
+            try:
+                found.append(json.loads(re.sub(r'"(\d+)"', lambda m: strings[int(m[1])], item), strict=False))
+            except (ValueError, IndexError):
+                continue
+        operations = [op for op in found if "operation" in op]
+        if operations or empty:
+            return operations
+    return None
+
+
+def leaks(principle: str, problems: list[Problem]) -> bool:
+    """True if a principle gives away one of these problems: twelve words of it in a row, or an answer that is a number
+    of three digits or more or another text of six characters or more."""
+    words = re.findall(r"\w+", principle.lower())
+    runs = {tuple(words[i: i + 12]) for i in range(len(words) - 11)}
+    for problem in problems:
+        text = re.findall(r"\w+", problem.question.lower())
+        if any(tuple(text[i: i + 12]) in runs for i in range(len(text) - 11)):
+            return True
+        for answer in ("".join(a.split()) for a in problem.answers):
+            if re.fullmatch(r"-?\d[\d,.]*", answer):
+                if len(answer) >= 3 and re.search(rf"(?<![\d.]){re.escape(answer)}(?![\d]|\.\d)", principle):
+                    return True
+            elif len(answer) >= 6 and answer in "".join(principle.split()):
+                return True
+    return False
+
+
+def valid_operation(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], config: Config) -> str:
+    """Why this operation must be dropped; "" if it may be applied to principles with these ids."""
+    if not isinstance(op, dict) or op.get("operation") not in kinds:
+        return "unknown operation"
+    kind = op["operation"]
+    named = {"add": [], "modify": [op.get("modified_from")], "merge": op.get("merged_from"), "remove": [op.get("remove_id")]}
+    named = named[kind]
+    if not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named):
+        return "unknown id"
+    if kind == "merge" and len(set(named)) < 2:
+        return "merge of fewer than two"
+    if kind == "remove":
+        return ""
+    text = op.get("principle")
+    if not isinstance(text, str) or not text.strip():
+        return "no text"
+    if len(text.split()) > config.max_principle_words or len(text) > 12 * config.max_principle_words:
+        return "too long"
+    if not config.allow_leaks and leaks(text, problems):
+        return "leaks a problem"
+    return ""
+
+
+def check_operations(ops: list, kinds, ids, problems, config: Config, dropped: Counter) -> list[dict]:
+    """The valid ones among ops; each of the others is dropped alone and counted by reason."""
+    reasons = [valid_operation(op, kinds, ids, problems, config) for op in ops]
+    dropped.update(r for r in reasons if r)
+    return [op for op, reason in zip(ops, reasons) if not reason]
+
+
+def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problems, config: Config, dropped: Counter):
+    """git.apply(s, diff): the principles after the valid operations, in order, as a list (renumbered G0, G1, …)."""
+    result = dict(principles)
+    for n, op in enumerate(ops):
+        if not check_operations([op], kinds, result, problems, config, dropped):  # ids as earlier operations left them
+            continue
+        text = " ".join(op.get("principle", "").split())
+        match op["operation"]:
+            case "add":
+                result[f"new {n}"] = text
+            case "modify":
+                result[op["modified_from"]] = text
+            case "remove":
+                del result[op["remove_id"]]
+            case "merge":  # the merged principle takes the place of its first source
+                first, *rest = dict.fromkeys(op["merged_from"])
+                result = {i: text if i == first else t for i, t in result.items() if i not in rest}
+    unique = list({text.casefold(): text for text in result.values()}.values())
+    dropped.update({"too many principles": max(0, len(unique) - config.max_principles)})
+    return unique[: config.max_principles]
+
+
+# ---- Reflection: mutation and crossover -------------------------------------------------------------------------------
+#
+# ask(request, [slots, …]) -> [reply, …] samples the reflection model on a batch of filled-in requests of prompts_seed.txt
+# (reply "" when a request could not be answered). `log` is the iteration's record: what was dropped and why.
+
+
+def numbered(principles: list[str], prefix: str = "") -> dict[str, str]:
+    """{"G0": first principle, …}, with a set's letter as prefix ("A.G0")."""
+    return {f"{prefix}G{i}": text for i, text in enumerate(principles)}
+
+
+def listing(principles: dict[str, str]) -> str:
+    """Principles as a model reads them, one a line with its id."""
+    return "\n".join(f"[{i}] {text}" for i, text in principles.items()) or "(none)"
+
+
+def ask_operations(ask, task: Task, request: str, slots: list[dict], log: dict) -> list[list | None]:
+    """Replies to requests as lists of operations; those that do not parse are asked once more, then None."""
+    parsed = [task.parse(reply) for reply in ask(request, slots)]
+    again = [i for i, ops in enumerate(parsed) if ops is None]
+    if again:
+        for i, reply in zip(again, ask(request, [slots[i] for i in again])):
+            parsed[i] = task.parse(reply)
+    log["parse_failures"] += sum(ops is None for ops in parsed)
+    return parsed
+
+
+@dataclass
+class Group:
+    """A group: the N rollouts of one system prompt on one problem, graded."""
+    problem: Problem
+    texts: list[str]
+    rewards: list[float]                                # r[i, b, j] in [0, 1]
+    outcomes: list[str] = field(default_factory=list)   # correct, wrong, no_answer, timeout or error
+    prompt_ids: list[int] = field(default_factory=list)
+    responses: list = field(default_factory=list)       # Response of section 6, for the RL update
+
+    @property
+    def value(self) -> float:  # V[i, b]
+        return float(np.mean(self.rewards))
+
+    @property
+    def graded(self) -> list[str]:  # "correct" means a reward of at least a half
+        return ["correct" if r >= 0.5 else "wrong" for r in self.rewards]
+
+
+def mutate(parent: SystemPrompt, attempts: list[Group], ask, task: Task, config: Config, log: dict) -> list[str] | None:
+    """Principles of a child of the best prompt, from contrasting its successes and failures; None: no child (log says
+    why).   (Alg. 1, mutation step; appendix LLM-Based Self-Reflection: summarise, critique, aggregate, apply)"""
+    wanted = {"contrast": lambda v: 0 < v < 1, "failures": lambda v: v < 1, "all": lambda v: True}[config.reflect_on]
+    chosen = [a for a in attempts if wanted(a.value)]
+    if not chosen:
+        log["mutation"] = f"none: no problem to reflect on ({config.reflect_on})"
+        return None
+    current, problems = numbered(parent.principles), [a.problem for a in chosen]
+    # App. Trajectory Summarization: one request a rollout, given its grade and the truth
+    summaries = iter(ask("summarize", [
+        dict(problem=a.problem.question, answer=a.problem.answer, principles=listing(current), response=text, grade=grade)
+        for a in chosen for text, grade in zip(a.texts, a.graded)]))
+    # App. Self-Critique and Local Edit Proposal: one request a problem, at most K_ops operations each
+    critiques = ask_operations(ask, task, "critique", [
+        dict(problem=a.problem.question, answer=a.problem.answer, principles=listing(current),
+             max_operations=str(config.max_operations),
+             attempts="\n\n".join(f"Attempt {j + 1} ({grade}):\n{next(summaries)}" for j, grade in enumerate(a.graded)))
+        for a in chosen], log)
+    proposals = []
+    for ops in critiques:
+        valid = check_operations(ops or [], ("add", "modify"), current, problems, config, log["dropped"])
+        log["dropped"].update({"beyond K_ops": max(0, len(valid) - config.max_operations)})
+        proposals += valid[: config.max_operations]
+    if not proposals:
+        log["mutation"] = "none: no valid proposal"
+        return None
+    # App. Local-to-Global Aggregation: one request for all proposals; added principles are candidates C0, C1, …
+    added = [" ".join(op["principle"].split()) for op in proposals if op["operation"] == "add"]
+    candidates = current | {f"C{i}": text for i, text in enumerate(added)}
+    changes = [f"[{op['modified_from']}] -> {op['principle']}" for op in proposals if op["operation"] == "modify"]
+    [plan] = ask_operations(ask, task, "aggregate", [
+        dict(principles=listing(candidates), suggestions="\n".join(changes) or "(none)")], log)
+    if plan is None:
+        log["mutation"] = "none: the revision plan did not parse"
+        return None
+    return apply_operations(candidates, plan, ("modify", "merge"), problems, config, log["dropped"])
+
+
+def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
+    """{prompt: problems it strictly won}, the best prompt first; {} if it or everybody else won none   (Alg. 2, Phi)."""
+    wins = {i: [] for i in [best] + [i for i in range(len(values_MB)) if i != best]}
+    for b, column in enumerate(values_MB.T):
+        *_, second, first = np.argsort(column, kind="stable")
+        if column[first] - column[second] >= 0.01 - 1e-9:
+            wins[int(first)].append(b)
+    wins = {i: won for i, won in wins.items() if won}
+    return wins if best in wins and len(wins) > 1 else {}
+
+
+def crossover(prompts: list[SystemPrompt], attempts_MB: list[list[Group]], best: int, ask, task: Task, config: Config,
+              log: dict) -> tuple[list[str], list[SystemPrompt]] | None:
+    """Principles of a child of several prompts, and its parents (the best one first); None: no child   (Alg. 2)."""
+    values_MB = np.array([[a.value for a in row] for row in attempts_MB])
+    wins = crossover_parents(values_MB, best) if len(prompts) > 1 else {}
+    if not wins:
+        log["crossover"] = "none: needs two prompts, the best among them, that each won a problem strictly"
+        return None
+    problems = [a.problem for a in attempts_MB[0]]
+    letters = dict(zip(wins, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+    sets = [f"Set {x}:\n{listing(numbered(prompts[i].principles, x + '.'))}" for i, x in letters.items()]
+    won = ["\n\n".join([f"Problems that set {x} did best on:"] + [f"Problem {b}: {problems[b].question}" for b in wins[i]])
+           for i, x in letters.items()]
+    [ops] = ask_operations(ask, task, "crossover", [dict(sets="\n\n".join(sets), wins="\n\n".join(won))], log)
+    if ops is None:
+        log["crossover"] = "none: the reply did not parse"
+        return None
+    current = numbered(prompts[best].principles, "A.")
+    child = apply_operations(current, ops, ("add", "modify", "remove"), problems, config, log["dropped"])
+    return child, [prompts[i] for i in wins]
+
+
+def add_child(population: Population, principles: list[str] | None, parents: list[SystemPrompt], operation: str,
+              iteration: int, config: Config, log: dict) -> SystemPrompt | None:
+    """Append a child with its inherited rating (Alg. 1 and 2, last steps), unless it equals a prompt that exists."""
+    if principles is None:
+        return None
+    same = [s for s in population.prompts if s.principles == principles]
+    if same:
+        log[operation] = f"none: nothing changed (equal to prompt {same[0].id})"
+        return None
+    # Mutation: one parent, (mu_k, sqrt(sigma_k^2 + dsigma^2)). Crossover: the parents' precision-weighted mean.
+    precision = [s.sigma**-2 for s in parents]
+    mu = sum(p * s.mu for p, s in zip(precision, parents)) / sum(precision)
+    sigma = math.sqrt(1 / sum(precision) + config.delta_sigma**2)
+    child = population.add(principles, mu, sigma, operation, parents, iteration)
+    log[operation] = f"prompt {child.id} from {' and '.join(str(s.id) for s in parents)}"
+    return child
+
+
+# ======================================================================================================================
+# 5. Model: one decoder for Llama 2/3.x, Gemma 2, Gemma 3 (text), Qwen 2.5 and Qwen 3
+#
+# Axes: B batch, T query, S key, N query heads, K key/value heads, G = N/K, H head dim, D model dim, F feed-forward dim,
+# V vocabulary, L layers, R LoRA rank. The truth for every number here is transformers' modeling_*.py (tested to 1e-4).
+# ======================================================================================================================
+
+PAD_POSITION = 2**30  # a padding token's position: later than every query, so no real token ever attends to it
+FAMILIES = ("llama", "gemma2", "gemma3_text", "qwen2", "qwen3")  # values of model_type in config.json
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder, as read from config.json (`read_model_config`), and of its LoRA adapter. Hashable."""
+    num_layers: int                  # L
+    model_dim: int                   # D
+    mlp_dim: int                     # F
+    num_heads: int                   # N
+    num_kv_heads: int                # K
+    head_dim: int                    # H; never inferred from D/N when config.json gives it
+    vocab_size: int                  # V
+    max_context: int                 # positions the model was made for
+    norm_eps: float
+    rope_frequencies: tuple[tuple[float, ...], ...]  # one row of H/2 inverse frequencies for each kind of layer
+    layer_rope: tuple[int, ...]      # [L] row of rope_frequencies each layer uses
+    layer_window: tuple[int, ...]    # [L] sliding window of each layer; PAD_POSITION = global attention
+    tied: bool = True                # the output projection is the embedding
+    biased: frozenset = frozenset()  # projections with a bias
+    qk_norm: bool = False            # RMSNorm on each query and key head before RoPE
+    gemma: bool = False              # (1 + w) norms in float32, norms after attention and MLP, scaled embeddings, GELU
+    attention_scale: float = 1.0
+    attention_cap: float = 0.0       # tanh soft cap on attention scores; 0 = none
+    logit_cap: float = 0.0           # tanh soft cap on the final logits; 0 = none
+    dtype: str = "float32"           # activations and frozen weights; trained weights are always float32
+    lora_rank: int = 0               # 0 = no adapter, every weight is trained
+    lora_alpha: float = 32.0
+
+
+def rope_frequencies(rope: dict, head_dim: int) -> tuple[float, ...]:
+    """Inverse RoPE frequencies [H/2] for one entry of config.json's rope_parameters."""
+    frequency = 1.0 / rope["rope_theta"] ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        frequency = frequency / rope["factor"]
+    elif kind == "llama3":  # long wavelengths are stretched by factor, short ones kept, those between interpolated
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * np.pi)  # rotations in the old context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequency = frequency * (keep + (1 - keep) / rope["factor"])
+    elif kind != "default":
+        raise UserError(f"rope_type {kind!r} is not supported (default, linear and llama3 are); use another --model")
+    return tuple(float(f) for f in frequency)
+
+
+def read_model_config(directory: str, dtype: str = "float32", lora_rank: int = 0, lora_alpha: float = 32.0):
+    """ModelConfig of a directory in Hugging Face layout. Raises UserError for a model this file does not implement."""
+    from transformers import AutoConfig
+    try:
+        hf = AutoConfig.from_pretrained(directory).get_text_config()
+    except Exception as e:
+        raise UserError(f"cannot read config.json of {directory}: {first_line(e)}") from e
+    if hf.model_type not in FAMILIES:
+        raise UserError(f"model_type {hf.model_type!r} is not supported; choose a --model of {', '.join(FAMILIES)}")
+    if getattr(hf, "quantization_config", None):
+        raise UserError("quantized checkpoints are not supported; use the bf16 or fp32 weights of this model")
+    gemma, H = hf.model_type.startswith("gemma"), getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    activation = getattr(hf, "hidden_activation", None) or getattr(hf, "hidden_act", None)
+    if activation != ("gelu_pytorch_tanh" if gemma else "silu"):
+        raise UserError(f"activation {activation!r} is not supported for model_type {hf.model_type}")
+    types = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
+    rope = hf.rope_parameters if "full_attention" in hf.rope_parameters else {t: hf.rope_parameters for t in types}
+    kinds = sorted(set(types))
+    attention_bias = hf.model_type == "qwen2" or getattr(hf, "attention_bias", False)
+    biased = {"q_proj", "k_proj", "v_proj"} if attention_bias else set()
+    biased |= {"o_proj"} if attention_bias and hf.model_type != "qwen2" else set()
+    biased |= {"gate_proj", "up_proj", "down_proj"} if getattr(hf, "mlp_bias", False) else set()
+    return ModelConfig(
+        num_layers=hf.num_hidden_layers, model_dim=hf.hidden_size, mlp_dim=hf.intermediate_size,
+        num_heads=hf.num_attention_heads, num_kv_heads=hf.num_key_value_heads, head_dim=H, vocab_size=hf.vocab_size,
+        max_context=hf.max_position_embeddings, norm_eps=hf.rms_norm_eps, tied=bool(hf.tie_word_embeddings),
+        rope_frequencies=tuple(rope_frequencies(rope[k], H) for k in kinds), layer_rope=tuple(map(kinds.index, types)),
+        layer_window=tuple(hf.sliding_window if t == "sliding_attention" else PAD_POSITION for t in types),
+        biased=frozenset(biased), qk_norm=hf.model_type in ("qwen3", "gemma3_text"), gemma=gemma,
+        attention_scale=hf.query_pre_attn_scalar**-0.5 if gemma else H**-0.5,
+        attention_cap=getattr(hf, "attn_logit_softcapping", None) or 0.0,
+        logit_cap=getattr(hf, "final_logit_softcapping", None) or 0.0,
+        dtype=dtype, lora_rank=lora_rank, lora_alpha=lora_alpha)
+
+
+class Linear(nnx.Module):
+    """y = x W + b + (alpha / R) (x A) B; A, B is the LoRA adapter, present when lora_rank > 0, and B starts at zero."""
+
+    def __init__(self, cfg: ModelConfig, name: str, d_in: int, d_out: int, rngs: nnx.Rngs):
+        # Trained weights are kept in float32 (Adam's steps of 4e-5 vanish in bf16); frozen ones in cfg.dtype.
+        dtype = jnp.dtype(cfg.dtype) if cfg.lora_rank else jnp.float32
+        self.cfg = cfg
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_in, d_out), dtype) * d_in**-0.5)
+        self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if name in cfg.biased else None
+        if cfg.lora_rank:
+            self.lora_a = nnx.LoRAParam(jax.random.uniform(rngs.params(), (d_in, cfg.lora_rank), minval=-1) * d_in**-0.5)
+            self.lora_b = nnx.LoRAParam(jnp.zeros((cfg.lora_rank, d_out)))
+
+    def __call__(self, x):  # [..., d_in] -> [..., d_out]
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.cfg.lora_rank:
+            scale = self.cfg.lora_alpha / self.cfg.lora_rank
+            y = y + (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * scale
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis. Llama casts, then scales; Gemma scales by (1 + w), then casts."""
+
+    def __init__(self, cfg: ModelConfig, dim: int):
+        self.cfg = cfg
+        self.scale = nnx.Param(jnp.zeros(dim) if cfg.gemma else jnp.ones(dim))
+
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.cfg.norm_eps)
+        if self.cfg.gemma:
+            return (x32 * (1.0 + self.scale[...])).astype(x.dtype)
+        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def rotate(x_BTNH, cos_BTH, sin_BTH):
+    """RoPE: rotate the pairs (i, i + H/2) of each head by their position's angles (cos and sin: [B, T, H/2])."""
+    a, b = jnp.split(x_BTNH, 2, axis=-1)
+    cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attention(q_BTNH, k_BSKH, v_BSKH, query_position_BT, key_position_BS, window, cfg: ModelConfig):
+    """Causal grouped-query attention by position: a query at p sees the keys at positions in (p - window, p]."""
+    B, T, N, H = q_BTNH.shape
+    if T > 512:  # long sequences: queries in blocks, recomputed in the backward pass, so that [T, S] is never stored
+        blocks = jax.tree.map(lambda x: jnp.moveaxis(jnp.pad(x, [(0, 0), (0, -T % 512)] + [(0, 0)] * (x.ndim - 2)).reshape(
+            B, -1, 512, *x.shape[2:]), 1, 0), (q_BTNH, query_position_BT))
+        block = jax.checkpoint(lambda b: attention(b[0], k_BSKH, v_BSKH, b[1], key_position_BS, window, cfg))
+        return jnp.moveaxis(jax.lax.map(block, blocks), 0, 1).reshape(B, -1, N, H)[:, :T]
+    q_BTKGH = q_BTNH.reshape(B, T, cfg.num_kv_heads, -1, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * cfg.attention_scale
+    if cfg.attention_cap:
+        scores = cfg.attention_cap * jnp.tanh(scores / cfg.attention_cap)
+    distance_BTS = query_position_BT[:, :, None] - key_position_BS[:, None, :]
+    visible = (distance_BTS >= 0) & (distance_BTS < window)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+
+
+class Block(nnx.Module):
+    """One layer: attention and gated MLP, each on a normed residual stream (Gemma norms their outputs as well)."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        D, F, H, N, K = cfg.model_dim, cfg.mlp_dim, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
+        self.cfg = cfg
+        self.attention_norm, self.mlp_norm = RMSNorm(cfg, D), RMSNorm(cfg, D)
+        for name, d_in, d_out in (("q_proj", D, N * H), ("k_proj", D, K * H), ("v_proj", D, K * H), ("o_proj", N * H, D),
+                                  ("gate_proj", D, F), ("up_proj", D, F), ("down_proj", F, D)):
+            setattr(self, name, Linear(cfg, name, d_in, d_out, rngs))
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(cfg, H), RMSNorm(cfg, H)
+        if cfg.gemma:
+            self.attention_post_norm, self.mlp_post_norm = RMSNorm(cfg, D), RMSNorm(cfg, D)
+
+    def __call__(self, x_BTD, cos, sin, position_BT, window, layer, cache):
+        cfg, (B, T, _) = self.cfg, x_BTD.shape
+        h = self.attention_norm(x_BTD)
+        q, k, v = (p(h).reshape(B, T, -1, cfg.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        key_position_BS = position_BT
+        if cache is not None:  # a token at position p lives in cache slot p; padding (position >= S) is dropped
+            rows = jnp.arange(B)[:, None]
+            cache = {n: cache[n].at[layer, rows, position_BT].set(x, mode="drop") for n, x in (("k", k), ("v", v))}
+            k, v = cache["k"][layer], cache["v"][layer]
+            key_position_BS = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
+        h = self.o_proj(attention(q, k, v, position_BT, key_position_BS, window, cfg).reshape(B, T, -1))
+        x_BTD = x_BTD + (self.attention_post_norm(h) if cfg.gemma else h)
+        h = self.mlp_norm(x_BTD)
+        gate = self.gate_proj(h)
+        h = self.down_proj((jax.nn.gelu(gate) if cfg.gemma else jax.nn.silu(gate)) * self.up_proj(h))
+        return constrain(x_BTD + (self.mlp_post_norm(h) if cfg.gemma else h), "data", None, None), cache
+
+
+class Transformer(nnx.Module):
+    """Decoder-only language model; its L layers are stacked and scanned, so compile time does not grow with L."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
+        dtype = jnp.dtype(cfg.dtype) if cfg.lora_rank else jnp.float32
+        table = lambda: nnx.Param(jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.model_dim), dtype) * 0.02)  # VD
+        self.embed = table()
+        if not cfg.tied:
+            self.lm_head = table()
+        self.final_norm = RMSNorm(cfg, cfg.model_dim)
+        stack = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r), in_axes=0, out_axes=0))
+        self.layers = stack(rngs)
+
+    def __call__(self, token_BT, position_BT, cache=None, remat=False):
+        """Final hidden states [B, T, D] and the cache with these tokens' keys and values written into it.
+
+        One function for prefill, decode and training: with a cache ({"k", "v"}: [L, B, S, K, H]) queries attend to its
+        slots, without one to the given tokens. Padding, left or right, is any token at PAD_POSITION.
+        """
+        cfg = self.cfg
+        x_BTD = self.embed[...][token_BT].astype(cfg.dtype)
+        if cfg.gemma:
+            x_BTD = x_BTD * jnp.asarray(cfg.model_dim**0.5, cfg.dtype)
+        x_BTD = constrain(x_BTD, "data", None, None)
+        angle = position_BT[None, :, :, None] * jnp.array(cfg.rope_frequencies, jnp.float32)[:, None, None, :]
+        cos, sin = jnp.cos(angle).astype(cfg.dtype), jnp.sin(angle).astype(cfg.dtype)  # [kinds, B, T, H/2]
+        graphdef, weights = nnx.split(self.layers)
+
+        def layer(carry, xs):
+            weights, layer, rope, window = xs
+            block = nnx.merge(graphdef, weights)
+            return block(carry[0], cos[rope], sin[rope], position_BT, window, layer, carry[1]), None
+
+        xs = (weights, jnp.arange(cfg.num_layers), jnp.array(cfg.layer_rope), jnp.array(cfg.layer_window))
+        (x_BTD, cache), _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, (x_BTD, cache), xs)
+        return self.final_norm(x_BTD), cache
+
+    def logits(self, x):
+        """float32 logits [..., V] of final hidden states [..., D]. Callers take few rows at a time: V is large."""
+        table_VD = self.embed if self.cfg.tied else self.lm_head
+        out = jnp.einsum("...D,VD->...V", x, table_VD[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return self.cfg.logit_cap * jnp.tanh(out / self.cfg.logit_cap) if self.cfg.logit_cap else out
+
+
+# One table says how everything is laid out on the `data x model` mesh: path of the weight -> PartitionSpec.
+SHARDING = (
+    (r"embed|lm_head", P("model", None)),                                       # VD
+    (r"layers/(q|k|v|gate|up)_proj/(kernel|lora_b)", P(None, None, "model")),   # L, in, out
+    (r"layers/(o|down)_proj/(kernel|lora_a)", P(None, "model", None)),
+    (r"layers/(q|k|v|gate|up)_proj/bias", P(None, "model")),
+    (r"", P()),                                                                 # norms and what is left: on every device
+)
+
+
+def fit_spec(spec, shape, mesh) -> P:
+    """The spec without the axes that do not divide their dimension (7 heads over 2 devices: not sharded)."""
+    return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape)))
+
+
+def constrain(x, *spec):
+    """with_sharding_constraint on the current mesh; no mesh, no constraint."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, mesh))
+
+
+def path_name(path) -> str:
+    """'layers/q_proj/kernel' for the tree path of a weight."""
+    return "/".join(str(k.key) for k in path if hasattr(k, "key"))
+
+
+def weight_sharding(path, shape, mesh) -> jax.sharding.NamedSharding:
+    """Layout of one weight (or of its gradient or Adam moment) according to SHARDING."""
+    spec = next(s for pattern, s in SHARDING if re.search(pattern, path_name(path)))
+    return jax.sharding.NamedSharding(mesh, fit_spec(spec, shape, mesh))
+
+
+class Checkpoint:
+    """The tensors of a directory of (sharded) safetensors files, read lazily and by slice."""
+
+    def __init__(self, directory: str):
+        from safetensors import safe_open
+        files = sorted(Path(directory).glob("*.safetensors"))
+        if not files:
+            raise UserError(f"no *.safetensors in {directory}; convert the checkpoint to safetensors first")
+        self.tensors, self.used = {}, set()
+        for file in files:
+            try:
+                handle = safe_open(file, framework="np")
+            except Exception as e:
+                raise UserError(f"cannot read {file}: {first_line(e)}; download it again") from e
+            for name in handle.keys():
+                if not re.search(r"vision_tower|multi_modal_projector|rotary_emb", name):
+                    self.tensors[re.sub(r"^(model\.|language_model\.)+", "", name)] = (handle, name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.slice(name).get_shape())
+
+    def slice(self, name: str):
+        if name not in self.tensors:
+            raise UserError(f"the checkpoint has no tensor {name!r}; are all its safetensors files there?")
+        self.used.add(name)
+        handle, original = self.tensors[name]
+        return handle.get_slice(original)
+
+
+def tensor_names(path: str, cfg: ModelConfig) -> list[str]:
+    """Hugging Face tensor names (one a layer) that make up our weight at `path`."""
+    if not path.startswith("layers/"):
+        return [{"embed": "embed_tokens.weight", "lm_head": "lm_head.weight", "final_norm/scale": "norm.weight"}[path]]
+    _, module, leaf = path.split("/")
+    names = {"attention_norm": "input_layernorm", "attention_post_norm": "post_attention_layernorm",
+             "mlp_norm": "pre_feedforward_layernorm" if cfg.gemma else "post_attention_layernorm",
+             "mlp_post_norm": "post_feedforward_layernorm"}
+    group = "" if module in names else "mlp." if module in ("gate_proj", "up_proj", "down_proj") else "self_attn."
+    suffix = "bias" if leaf == "bias" else "weight"
+    return [f"layers.{l}.{group}{names.get(module, module)}.{suffix}" for l in range(cfg.num_layers)]
+
+
+def load_weight(path, leaf, checkpoint: Checkpoint, cfg: ModelConfig, mesh, seed: int):
+    """One weight as a sharded array; each process reads only the slices that its devices hold."""
+    name, sharding = path_name(path), weight_sharding(path, leaf.shape, mesh)
+    if "lora" in name:  # A uniform, B zero: the adapter starts as the identity
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        a = jax.random.uniform(key, leaf.shape, minval=-1) * leaf.shape[-2]**-0.5
+        return jax.device_put(a if name.endswith("lora_a") else jnp.zeros(leaf.shape), sharding)
+    names, transpose, stacked = tensor_names(name, cfg), name.endswith("kernel"), name.startswith("layers/")
+    expected = leaf.shape[1:] if stacked else leaf.shape
+    for n in names:
+        found = checkpoint.shape(n)
+        if found != (expected[::-1] if transpose else expected):
+            raise UserError(f"tensor {n!r} has shape {found}, config.json implies {expected}; is this the right config?")
+
+    def read(index):  # index: the slice of every axis that one device holds
+        layers, inner = (range(len(names))[index[0]], index[1:]) if stacked else (range(1), index)
+        parts = [checkpoint.slice(names[l])[inner[::-1] if transpose else inner] for l in layers]
+        parts = [p.T if transpose else p for p in parts]
+        return (np.stack(parts) if stacked else parts[0]).astype(leaf.dtype)
+
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+@dataclass
+class Policy:
+    """pi_theta and pi_ref: one set of frozen weights under two sets of trainable ones.
+
+    theta is what RL changes: the LoRA adapter, or every weight when lora_rank is 0. theta_ref is its first value: with
+    LoRA an adapter whose B is zero, hence exactly the base model at no cost in memory, else a full copy.
+    """
+    cfg: ModelConfig
+    graphdef: Any
+    frozen: nnx.State
+    theta: nnx.State
+    theta_ref: nnx.State
+    mesh: Any
+
+
+def make_policy(model: Transformer, mesh) -> Policy:
+    """Split a model into trainable and frozen weights."""
+    trainable = nnx.LoRAParam if model.cfg.lora_rank else nnx.Param
+    graphdef, theta, frozen = nnx.split(model, trainable, ...)
+    return Policy(model.cfg, graphdef, frozen, theta, jax.tree.map(jnp.copy, theta), mesh)
+
+
+def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy:
+    """The checkpoint's weights on the mesh, with a fresh adapter. Errors (UserError) name the tensor."""
+    checkpoint = Checkpoint(directory)
+    abstract = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(seed)))
+    graphdef, shapes = nnx.split(abstract)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    weights = [load_weight(p, leaf, checkpoint, cfg, mesh, seed) for p, leaf in progress(leaves, desc="loading weights")]
+    unused = set(checkpoint.tensors) - checkpoint.used - {"lm_head.weight"}
+    if unused:
+        raise UserError(f"the checkpoint has tensors that {cfg} does not use, first {min(unused)!r}: not this architecture")
+    return make_policy(nnx.merge(graphdef, jax.tree_util.tree_unflatten(treedef, weights)), mesh)
+
+
+# ======================================================================================================================
+# 6. Sampling: a queue of rollouts feeds a fixed number of slots of a batched key/value cache
+#
+#   prompt tokens p0 p1 … p(n-2) | p(n-1)         prefill writes p0 … p(n-2) into the cache, once for all samples of a
+#   cache slot    0  1      n-2  |  n-1  n  …     prompt; every decode step then feeds one token, starting with p(n-1),
+#                                                 samples its successor and writes its own key and value: no row waits.
+# ======================================================================================================================
+
+DECODE_CHUNK = 64  # decode steps between two looks of the host: ended rows leave, waiting rollouts take their slots
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample: temperature (0 = greedy), nucleus mass top_p, most new tokens."""
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+
+
+@dataclass
+class Response:
+    """A sampled response. The end-of-sequence token, if it came, is part of it and is trained on."""
+    tokens: list[int]
+    logprobs: list[float]  # behaviour log-probability of each token under the distribution it was drawn from
+    stop: str              # "eos", or "length": cut by max_new_tokens or by the context
+
+
+def bucket(n: int, least: int = 32) -> int:
+    """The next of 32, 48, 64, 96, 128, … : few distinct shapes, so few compilations, and at most a third is padding."""
+    size = least
+    while size < n:
+        size = max(size + 1, size * 3 // 2) if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def nucleus(logits_SV, top_p):
+    """logits with everything outside the smallest set of tokens that holds probability top_p at -inf.
+
+    The threshold is found by bisection on the bits of the probabilities (non-negative floats order as integers):
+    exact after 31 halvings and cheaper than sorting V values in each step. Ties at the threshold stay in.
+    """
+    probs = jax.nn.softmax(logits_SV)
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds  # mass(bits >= low) >= top_p > mass(bits >= high)
+        middle = (low + high) // 2
+        enough = jnp.sum(jnp.where(bits >= middle[:, None], probs, 0.0), -1) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    start = jnp.zeros(len(probs), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (start, start + jnp.int32(0x3F800001)))  # above the bits of 1.0
+    return jnp.where(bits >= low[:, None], logits_SV, -jnp.inf)
+
+
+def sample_token(key_S, logits_SV, sampling: SamplingParams):
+    """One token for each row and its log-probability, both [S], from the tempered (and cut) distribution."""
+    if sampling.temperature == 0:
+        token = jnp.argmax(logits_SV, -1)
+        logp = jax.nn.log_softmax(logits_SV)
+    else:  # the policy IS the tempered distribution: the trainer divides by the same temperature
+        logits_SV = logits_SV / sampling.temperature
+        logp = jax.nn.log_softmax(nucleus(logits_SV, sampling.top_p) if sampling.top_p < 1 else logits_SV)
+        token = jax.vmap(jax.random.categorical)(key_S, logp)
+    return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], -1)[:, 0]
+
+
+def new_cache(cfg: ModelConfig, rows: int, length: int):
+    """Empty key/value cache of `rows` sequences of up to `length` tokens: {"k", "v"}: [L, B, S, K, H]."""
+    shape = (cfg.num_layers, rows, length, cfg.num_kv_heads, cfg.head_dim)
+    return {n: constrain(jnp.zeros(shape, cfg.dtype), None, "data", None, "model", None) for n in ("k", "v")}
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def prefill(graphdef, theta, frozen, token_PT, position_PT):
+    """Keys and values of a batch of prompts: a cache with one row a prompt. No logits are computed."""
+    model = nnx.merge(graphdef, theta, frozen)
+    return model(token_PT, position_PT, new_cache(model.cfg, *token_PT.shape))[1]
+
+
+@partial(jax.jit, donate_argnames="cache")
+def fan_out(cache, prefix, row_S, slot_S):
+    """Copy row row_S[i] of a prefilled batch into slot slot_S[i] of the cache (slots out of range: dropped)."""
+    T = prefix["k"].shape[2]
+    return {n: cache[n].at[:, slot_S, :T].set(prefix[n][:, row_S], mode="drop") for n in cache}
+
+
+@partial(jax.jit, static_argnames="length")
+def grow(cache, length):
+    """The cache with room for `length` tokens a row."""
+    return {n: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0), (0, 0))) for n, x in cache.items()}
+
+
+@partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="cache")
+def decode_chunk(graphdef, theta, frozen, cache, token_S, position_S, left_S, key_S, eos_E, sampling: SamplingParams):
+    """Up to DECODE_CHUNK steps for all slots; stops early when no row has tokens left.
+
+    token_S, position_S: the next token to feed and its position; left_S: how many tokens the row may still sample.
+    Returns (cache, token_S, position_S, left_S, sampled tokens [chunk, S] with -1 where a row was idle, log-probs).
+    """
+    model = nnx.merge(graphdef, theta, frozen)
+
+    def step(carry):
+        i, cache, token, position, left, tokens, logprobs = carry
+        live = left > 0
+        hidden, cache = model(token[:, None], jnp.where(live, position, PAD_POSITION)[:, None], cache)
+        # A rollout's own key, folded with the position: its tokens do not depend on its slot or its neighbours.
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S), position)
+        token, logprob = sample_token(keys, model.logits(hidden[:, 0]), sampling)
+        tokens, logprobs = tokens.at[i].set(jnp.where(live, token, -1)), logprobs.at[i].set(logprob)
+        left = jnp.where(live & ~jnp.isin(token, eos_E), left - 1, 0)
+        return i + 1, cache, token, position + live, left, tokens, logprobs
+
+    S = len(token_S)
+    start = (0, cache, token_S, position_S, left_S, jnp.full((DECODE_CHUNK, S), -1), jnp.zeros((DECODE_CHUNK, S)))
+    going = lambda carry: (carry[0] < DECODE_CHUNK) & jnp.any(carry[4] > 0)
+    return jax.lax.while_loop(going, step, start)[1:]
+
+
+@jax.jit
+def rollout_keys(seed, group_R, index_R):
+    """Key data of every rollout of a call, from the call's seed (a pair of integers), its prompt and its number."""
+    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+    return jax.vmap(lambda g, j: jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, g), j)))(group_R, index_R)
+
+
+@dataclass
+class Engine:
+    """What sampling needs beside the weights: stop tokens, limits, and how many rollouts decode at once."""
+    policy: Policy
+    eos_ids: tuple[int, ...]
+    context: int                 # most tokens of prompt + response
+    slots: int = 64
+    prefill_tokens: int = 16384  # most tokens of one prefill batch
+
+
+def prefill_next(engine: Engine, theta, prompts, first: int, asked: list[int]) -> dict:
+    """Prefill prompt `first` and as many of the next asked-for ones as fit: {prompt: (batch cache, its row)}."""
+    ahead = [g for g in asked if g >= first]
+    T = bucket(max(len(prompts[g]) - 1 for g in ahead))
+    data = engine.policy.mesh.shape["data"]
+    rows = -(-max(1, min(len(ahead), engine.prefill_tokens // T)) // data) * data
+    token, position = np.zeros((rows, T), np.int32), np.full((rows, T), PAD_POSITION, np.int32)
+    for row, g in enumerate(ahead[:rows]):
+        n = len(prompts[g]) - 1
+        token[row, :n], position[row, :n] = prompts[g][:-1], np.arange(n)
+    batch = prefill(engine.policy.graphdef, theta, engine.policy.frozen, token, position)
+    return {g: (batch, row) for row, g in enumerate(ahead[:rows])}
+
+
+def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int], sampling: SamplingParams,
+             seed: tuple[int, int], label: str = "sampling") -> list[list[Response]]:
+    """counts[g] responses to each tokenised prompt, from pi_theta.
+
+    A response depends on the weights, `seed`, its prompt, g and its number alone, not on slots or company. A prompt
+    that leaves no room in the context gets empty responses with stop "length".
+    """
+    policy, cfg = engine.policy, engine.policy.cfg
+    theta = jax.tree.map(lambda w: w.astype(cfg.dtype), theta)  # once, not in every decode step
+    room = [max(0, min(sampling.max_new_tokens, engine.context - len(p))) for p in prompts]
+    responses = [[Response([], [], "length") for _ in range(n)] for n in counts]
+    queue = [(g, j) for g, n in enumerate(counts) for j in range(n) if room[g]]
+    if not queue:
+        return responses
+    asked = sorted({g for g, _ in queue})
+    keys = np.asarray(rollout_keys(np.array(seed, np.uint32), *np.array(queue, np.int32).T))
+    data = policy.mesh.shape["data"]
+    S = -(-min(engine.slots, len(queue)) // data) * data
+    token, position, left = np.zeros((3, S), np.int32)
+    key_S, owner, prefixes, admitted = np.zeros((S, keys.shape[1]), np.uint32), [None] * S, {}, 0
+    length = bucket(max(len(prompts[g]) for g in asked) + DECODE_CHUNK)
+    cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(cfg, S, length)
+    bar = progress(total=len(queue), desc=label)
+    while admitted < len(queue) or any(owner):
+        moves = {}  # prefilled batch -> (rows, slots)
+        for s in [s for s in range(S) if owner[s] is None][: len(queue) - admitted]:
+            g, j = owner[s] = queue[admitted]
+            if g not in prefixes:
+                prefixes = prefill_next(engine, theta, prompts, g, asked)
+            batch, row = prefixes[g]
+            rows, slots = moves.setdefault(id(batch), (batch, [0] * S, [S] * S))[1:]
+            rows[s], slots[s] = row, s
+            token[s], position[s], left[s], key_S[s] = prompts[g][-1], len(prompts[g]) - 1, room[g], keys[admitted]
+            admitted += 1
+        for batch, rows, slots in moves.values():
+            cache = fan_out(cache, batch, np.array(rows), np.array(slots))
+        if (need := max(position[s] for s in range(S) if owner[s]) + DECODE_CHUNK) > length:
+            length = bucket(need)
+            cache = grow(cache, length)
+        cache, *state = decode_chunk(policy.graphdef, theta, policy.frozen, cache, token, position, left, key_S,
+                                     np.array(engine.eos_ids), sampling)
+        token, position, left, tokens, logprobs = (np.array(x) for x in state)
+        for s in [s for s in range(S) if owner[s]]:
+            r, n = responses[owner[s][0]][owner[s][1]], int((tokens[:, s] >= 0).sum())
+            r.tokens += tokens[:n, s].tolist()
+            r.logprobs += logprobs[:n, s].tolist()
+            if left[s] == 0:
+                r.stop = "eos" if r.tokens[-1] in engine.eos_ids else "length"
+                owner[s] = None
+                bar.update()
+    bar.close()
+    return responses
+
+
+# ======================================================================================================================
+# 7. RL update: J(theta) = 1/(N M B) sum A[i,b,j] sum_t w_t log pi_theta(y_t | s_i, x_b, y_<t) - beta KL(pi_theta || pi_ref)
+# ======================================================================================================================
+
+@dataclass(frozen=True)
+class Objective:
+    """The surrogate that the update maximises. Hashable: one compilation for each."""
+    loss: str = "importance_sampling"
+    temperature: float = 1.0  # of the sampler: log-probabilities are those of the tempered policy
+    clip_low: float = 0.2     # ratio clipped to [1 - clip_low, 1 + clip_high] (ppo, cispo)
+    clip_high: float = 0.2
+    kl_coef: float = 0.0      # beta
+
+
+@dataclass
+class Sample:
+    """A rollout as the trainer sees it."""
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]  # of the behaviour policy
+    advantage: float
+
+
+def surrogate(logp, behaviour_logp, advantage, objective: Objective):
+    """Per-token term of J and the importance ratio pi_theta / pi_behaviour; all arrays broadcast to [B, T]."""
+    ratio = jnp.exp(logp - behaviour_logp)
+    clipped = jnp.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high)
+    match objective.loss:
+        case "importance_sampling":
+            term = ratio * advantage
+        case "ppo":
+            term = jnp.minimum(ratio * advantage, clipped * advantage)
+        case "cispo":  # the clipped ratio is a constant weight, so no token loses its gradient
+            term = jax.lax.stop_gradient(clipped) * advantage * logp
+        case "reinforce":
+            term = advantage * logp
+    return term, ratio
+
+
+def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float):
+    """Log-probability of each target and entropy of its distribution, both [B, T] float32.
+
+    Works through blocks of tokens and recomputes each in the backward pass: [B, T, V] never exists.
+    """
+    B, T, D = hidden_BTD.shape
+    size = min(B * T, max(16, 2**25 // model.cfg.vocab_size))  # <= 128 MiB of float32 logits at a time
+    graphdef, weights = nnx.split(model)
+
+    @jax.checkpoint
+    def block(weights, hidden, target):
+        logp = jax.nn.log_softmax(nnx.merge(graphdef, weights).logits(hidden) / temperature)
+        return jnp.take_along_axis(logp, target[:, None], -1)[:, 0], -jnp.sum(jnp.exp(logp) * logp, -1)
+
+    pad = -B * T % size
+    hidden = jnp.pad(hidden_BTD.reshape(B * T, D), ((0, pad), (0, 0))).reshape(-1, size, D)
+    target = jnp.pad(target_BT.reshape(B * T), (0, pad)).reshape(-1, size)
+    out = jax.lax.map(lambda x: block(weights, *x), (hidden, target))
+    return tuple(x.reshape(-1)[: B * T].reshape(B, T) for x in out)
+
+
+def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective: Objective):
+    """-J(theta) of one microbatch (its share of the sum over all N M B rollouts) and sums for the log."""
+    def logprobs(theta):
+        model = nnx.merge(graphdef, theta, frozen)
+        hidden, _ = model(batch["token"], batch["position"], remat=True)
+        return token_logprobs(model, hidden, batch["target"], objective.temperature)
+
+    mask = batch["mask"]  # [B, T]: 1 where the target is a response token
+    logp, entropy = logprobs(theta)
+    term, ratio = surrogate(logp, batch["behaviour"], batch["advantage"][:, None], objective)
+    kl = jnp.zeros_like(logp)
+    if objective.kl_coef:  # k3 estimator of KL(pi_theta || pi_ref), non-negative in every token
+        log_ratio = jax.lax.stop_gradient(logprobs(theta_ref)[0]) - logp
+        kl = jnp.exp(log_ratio) - log_ratio - 1
+    total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
+    loss = -total(term - objective.kl_coef * kl) / num_rollouts
+    sums = {"loss": loss, "tokens": total(1.0), "entropy": total(entropy), "ratio": total(ratio), "kl": total(kl),
+            "sampler_gap": total(batch["behaviour"] - logp)}
+    return loss, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
+
+
+@partial(jax.jit, static_argnames=("graphdef", "objective"), donate_argnames="gradient")
+def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective):
+    """Add a microbatch's gradient of -J to `gradient` (None: start from it); also its metrics."""
+    new, metrics = jax.grad(loss_and_metrics, has_aux=True)(
+        theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective)
+    return new if gradient is None else jax.tree.map(jnp.add, gradient, new), metrics
+
+
+@partial(jax.jit, static_argnames="optimizer", donate_argnames=("theta", "opt_state"))
+def adam_step(optimizer, theta, opt_state, gradient):
+    """theta <- theta + alpha * Adam(grad J)   (Alg. 1, RL update)."""
+    updates, opt_state = optimizer.update(gradient, opt_state, theta)
+    return optax.apply_updates(theta, updates), opt_state, optax.global_norm(gradient)
+
+
+def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
+    """Padded batches of at most about max_tokens tokens, longest samples first, in few distinct shapes."""
+    samples = sorted(samples, key=lambda s: -len(s.prompt) - len(s.tokens))
+    while samples:
+        T = bucket(len(samples[0].prompt) + len(samples[0].tokens) - 1)
+        rows = min(max(1, max_tokens // T), bucket(len(samples), 1))
+        rows = -(-rows // row_multiple) * row_multiple
+        batch = {n: np.zeros((rows, T), t) for n, t in (("token", np.int32), ("target", np.int32), ("mask", bool),
+                                                       ("behaviour", np.float32))}
+        batch |= {"position": np.full((rows, T), PAD_POSITION, np.int32), "advantage": np.zeros(rows, np.float32)}
+        for i, s in enumerate(samples[:rows]):
+            whole, p = s.prompt + s.tokens, len(s.prompt) - 1
+            n = len(whole) - 1  # inputs are whole[:-1]; the response's targets start at the last prompt token
+            batch["token"][i, :n], batch["target"][i, :n], batch["position"][i, :n] = whole[:-1], whole[1:], np.arange(n)
+            batch["mask"][i, p:n], batch["behaviour"][i, p:n], batch["advantage"][i] = True, s.logprobs, s.advantage
+        yield batch
+        samples = samples[rows:]
+
+
+def rl_update(policy: Policy, optimizer, opt_state, samples: list[Sample], num_rollouts: int, objective: Objective,
+              max_tokens: int = 16384) -> tuple[Any, dict]:
+    """One policy-gradient step on all samples; returns the optimizer state and metrics. Replaces policy.theta.
+
+    num_rollouts is N M B, counting rollouts whose zero advantage kept them out of `samples`. No sample, no step.
+    """
+    samples = [s for s in samples if s.tokens]
+    if not samples:
+        return opt_state, {"skipped": "no rollout with a learning signal"}
+    gradient, sums = None, []
+    batches = list(microbatches(samples, max_tokens, policy.mesh.shape["data"]))
+    for batch in progress(batches, desc="updating"):
+        batch = {n: jax.device_put(x, jax.sharding.NamedSharding(policy.mesh, P("data"))) for n, x in batch.items()}
+        gradient, metrics = add_gradient(gradient, policy.theta, policy.theta_ref, policy.graphdef, policy.frozen, batch,
+                                         num_rollouts, objective)
+        sums.append(metrics)
+    policy.theta, opt_state, norm = adam_step(optimizer, policy.theta, opt_state, gradient)
+    total = {n: float(sum(s[n] for s, _ in sums)) for n in sums[0][0]}
+    mean = {n: total[n] / total["tokens"] for n in ("entropy", "ratio", "kl", "sampler_gap")}
+    return opt_state, {
+        "loss": total["loss"], "grad_norm": float(norm), "entropy": mean["entropy"], "ratio_mean": mean["ratio"],
+        "ratio_max": float(max(m for _, m in sums)), "sampler_gap": mean["sampler_gap"],
+        "kl": mean["kl"] if objective.kl_coef else None, "trained_rollouts": len(samples),
+        "trained_tokens": int(total["tokens"])}
+
+
+# ======================================================================================================================
+# 9. The run: sampling groups, asking the reflection model, evaluation, files
+# ======================================================================================================================
+
+
+@dataclass
+class Run:
+    """Everything that a run carries from one iteration to the next."""
+    config: Config
+    task: Task
+    chat: Chat
+    engine: Engine
+    population: Population
+    optimizer: Any
+    opt_state: Any
+    directory: Path
+    evaluations: list[dict] = field(default_factory=list)
+    seconds: Counter = field(default_factory=Counter)  # of the current iteration, by phase
+    shown: str = ""                                    # a recent response, for --show-samples
+
+    @property
+    def policy(self) -> Policy:
+        return self.engine.policy
+
+    def seed(self, purpose: str) -> tuple[int, int]:
+        """Seed of one use of randomness: nothing random is carried over, so a resumed run repeats exactly."""
+        return self.config.seed, zlib.crc32(purpose.encode())
+
+    def append(self, file: str, records: list[dict]) -> None:
+        """Append records to a JSONL file of the run. A full disk is reported, it does not end the run."""
+        try:
+            with open(self.directory / file, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        except (OSError, ValueError) as e:
+            warn(f"could not write {file}: {first_line(e)}")
+
+
+def warn(message: str) -> None:
+    """A line to stderr that does not tear a progress bar."""
+    tqdm.write(f"espl: warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def timed(run: Run, phase: str):
+    """Adds the seconds of a `with` block to run.seconds[phase]."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        run.seconds[phase] += time.perf_counter() - start
+
+
+def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], split: str, iteration: int) -> list[Group]:
+    """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl."""
+    c = run.config
+    systems = {s.id: system_text(run.task, s.principles) for s, _, _ in pairs}
+    prompts = [run.chat.ids(systems[s.id], x.question) for s, x, _ in pairs]
+    with timed(run, "sample"):
+        responses = generate(run.engine, run.policy.theta, prompts, [n for _, _, n in pairs],
+                             SamplingParams(c.temperature, c.top_p, c.max_new_tokens),
+                             run.seed(f"{split}/{iteration}"), f"sampling {split}")
+    texts = [[run.chat.text(r.tokens) for r in group] for group in responses]
+    with timed(run, "grade"):
+        grades = iter(run.task.grade([(x, t) for (_, x, _), group in zip(pairs, texts) for t in group]))
+    groups = []
+    for (s, x, _), ids, group, text in zip(pairs, prompts, responses, texts):
+        graded = [next(grades) for _ in group]
+        groups.append(Group(x, text, [r for r, _ in graded], [o for _, o in graded], ids, group))
+        run.append("rollouts.jsonl", [
+            dict(iteration=iteration, split=split, prompt=s.id, problem=x.id, reward=r, outcome=o, stop=y.stop,
+                 tokens=len(y.tokens), response=t) for y, t, (r, o) in zip(group, text, graded)])
+        run.shown = f"[{x.id}, prompt {s.id}, reward {graded[0][0]:g} ({graded[0][1]})]\n{text[0]}"
+    return groups
+
+
+def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int] | None:
+    """Token ids of a filled-in request of at most `limit` tokens; the longest slot is cut in its middle, with a note,
+    until it fits. None if it cannot."""
+    slots = dict(slots)
+    for _ in range(4 * len(slots)):
+        ids = chat.ids("", fill(template, slots))
+        if len(ids) <= limit:
+            return ids
+        name = max(slots, key=lambda n: len(slots[n]))
+        text, note = slots[name], "\n[… cut …]\n"
+        tokens = max(1, len(chat.tokenizer(text, add_special_tokens=False).input_ids))
+        keep = int(len(text) * max(0.0, 1 - (len(ids) - limit + 8) / tokens)) - len(note)
+        slots[name] = text[: keep // 2] + note + text[-(keep // 2):] if keep > 1 else note.strip()
+        if slots[name] == text:
+            return None
+    return None
+
+
+def make_ask(run: Run, iteration: int, log: dict) -> Callable[[str, list[dict]], list[str]]:
+    """The `ask` of section 4: requests of prompts_seed.txt answered by the reflection model, all in one batch."""
+    c, calls = run.config, Counter()
+    theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
+
+    def ask(request: str, slots: list[dict]) -> list[str]:
+        calls[request] += 1
+        limit = max(run.engine.context - c.reflect_tokens, run.engine.context // 2)
+        prompts = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
+        log["unanswered"] += sum(p is None for p in prompts)
+        responses = generate(run.engine, theta, [p or [0] for p in prompts], [int(p is not None) for p in prompts],
+                             SamplingParams(c.reflect_temperature, c.top_p, c.reflect_tokens),
+                             run.seed(f"{request}/{calls[request]}/{iteration}"), f"reflecting: {request}")
+        replies = [run.chat.text(r[0].tokens) if r else "" for r in responses]
+        run.append("reflections.jsonl", [
+            dict(iteration=iteration, request=request, prompt=run.chat.tokenizer.decode(p) if p else None, reply=reply)
+            for p, reply in zip(prompts, replies)])
+        return [final_text(reply).strip() for reply in replies]  # what a model thinks aloud is not its reply
+
+    return ask
+
+
+def pass_at_k(correct: int, n: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k samples is correct, from n samples (Chen et al., 2021)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def tested_prompt(run: Run) -> SystemPrompt:
+    """The prompt that is evaluated; neither validation nor test scores have a say."""
+    pool = run.population.pool
+    if run.config.test_prompt == "latest" or run.config.mode == "reflection":  # its one prompt is the newest
+        return pool[-1]
+    return max(pool, key=lambda s: (s.score(-run.config.ucb_lambda), s.id))
+
+
+def evaluate(run: Run, iteration: int) -> dict:
+    """Score the tested prompt with pi_theta on validation and test problems; keep the weights if validation is best."""
+    s, n = tested_prompt(run), run.config.test_samples
+    result = {"iteration": iteration, "prompt": s.id}
+    for split, problems in (("val", run.task.val), ("test", run.task.test)):
+        groups = sample_groups(run, [(s, x, n) for x in problems], split, iteration)
+        if groups:
+            result[split] = float(np.mean([g.value for g in groups]))
+            for k in sorted({k for k in (1, 2, 4, 8, n) if k <= n}):
+                result[f"{split}_pass@{k}"] = float(np.mean([pass_at_k(g.graded.count("correct"), n, k) for g in groups]))
+            s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
+    best = max((e["val"] for e in run.evaluations if "val" in e), default=-math.inf)
+    run.evaluations.append(result)
+    if result.get("val", -math.inf) > best:
+        with checkpoint_manager(run, "best", keep=1) as manager:
+            save_checkpoint(run, manager, iteration)
+    return result
+
+
+def summary(run: Run) -> dict:
+    """The three honest readings of the test curve: final, mean of the last five, and the one validation picks."""
+    tests = [e["test"] for e in run.evaluations]
+    picked = max(run.evaluations, key=lambda e: (e.get("val", e["iteration"]), -e["iteration"]))
+    return {"test_first": tests[0], "test_final": tests[-1], "test_mean_last_5": float(np.mean(tests[-5:])),
+            "test_picked_by_val": picked["test"] if run.task.val else None, "picked_iteration": picked["iteration"]}
+
+
+def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
+    """Orbax checkpoints in <run>/<name>."""
+    return ocp.CheckpointManager((run.directory / name).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+
+
+def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) -> None:
+    """Everything needed to go on after this iteration: theta, Adam's state, the population, the evaluations."""
+    loop = {"prompts": [dataclasses.asdict(s) for s in run.population.prompts], "evaluations": run.evaluations}
+    manager.save(iteration, args=ocp.args.Composite(
+        weights=ocp.args.StandardSave({"theta": run.policy.theta, "opt_state": run.opt_state}),
+        loop=ocp.args.JsonSave(loop)))
+
+
+def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
+    """Bring `run` back to its latest checkpoint and cut its logs there; returns the iteration."""
+    iteration = manager.latest_step()
+    if iteration is None:
+        raise UserError(f"{run.directory} has no checkpoint; start the run again without --resume")
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"theta": run.policy.theta, "opt_state": run.opt_state})
+    state = manager.restore(iteration, args=ocp.args.Composite(
+        weights=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore()))
+    run.policy.theta, run.opt_state = state["weights"]["theta"], state["weights"]["opt_state"]
+    run.population.prompts = [SystemPrompt(**s) for s in state["loop"]["prompts"]]
+    run.evaluations = state["loop"]["evaluations"]
+    for name in ("metrics.jsonl", "rollouts.jsonl", "reflections.jsonl"):
+        path = run.directory / name
+        if path.is_file():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:  # the line that was being written when the run was killed may be incomplete
+                    kept += [line] if json.loads(line)["iteration"] <= iteration else []
+                except ValueError:
+                    continue
+            write_whole(path, "".join(line + "\n" for line in kept))
+    return iteration
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one step: a reader, or a crash, sees the old or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def draw_curves(run: Run) -> None:
+    """curves.png: reward and test score, ratings of the tested prompts, response length, entropy."""
+    from matplotlib.figure import Figure
+    lines = [json.loads(x) for x in (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [x for x in lines if "reward_mean" in x]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
+    x = [m["iteration"] for m in lines]
+    axes[0].plot(x, [m["reward_mean"] for m in lines], color="0.6", label="training batch, mean")
+    axes[0].plot(x, [max(m["rewards"].values()) for m in lines], color="0.6", ls=":", label="training batch, best prompt")
+    for split, color in (("val", "C0"), ("test", "C3")):
+        points = [(e["iteration"], e[split]) for e in run.evaluations if split in e]
+        axes[0].plot(*zip(*points), marker="o", color=color, label=split) if points else None
+    axes[0].set(title="reward", ylim=(-0.02, 1.02))
+    axes[0].legend(fontsize=8)
+    for s in run.population.prompts:
+        if s.history:
+            axes[1].plot([h["iteration"] for h in s.history], [h["mu"] for h in s.history], marker=".", label=f"prompt {s.id}")
+    axes[1].set(title="TrueSkill mu of each prompt")
+    if len(run.population.prompts) <= 12 and axes[1].lines:
+        axes[1].legend(fontsize=7)
+    axes[2].plot(x, [m["response_tokens"] for m in lines], color="C2")
+    axes[2].set(title="response length (tokens)", ylim=(0, None))
+    trained = [m for m in lines if "entropy" in m]
+    axes[3].plot([m["iteration"] for m in trained], [m["entropy"] for m in trained], color="C4")
+    axes[3].set(title="entropy (nats a token)")
+    for a in axes:
+        a.set_xlabel("iteration")
+        a.grid(alpha=0.3)
+    figure.suptitle(run.directory.name)
+    figure.savefig(run.directory / "curves.png", dpi=110)
+
+
+# ======================================================================================================================
+# 10. Algorithm 1 and the program
+# ======================================================================================================================
+
+
+def next_problems(run: Run, iteration: int) -> list[Problem]:
+    """Batch of B problems; iterations count from 1. Every epoch has its own seeded shuffle."""
+    train, B = run.task.train, min(run.config.batch_size, len(run.task.train))
+    epoch, i = divmod(iteration - 1, len(train) // B)
+    order = np.random.default_rng(run.seed(f"epoch/{epoch}")).permutation(len(train))
+    return [train[j] for j in order[i * B: (i + 1) * B]]
+
+
+def prompts_of_iteration(run: Run, rng) -> list[SystemPrompt]:
+    """The prompts whose rollouts this iteration samples, according to the mode."""
+    match run.config.mode:
+        case "rl":
+            return run.population.prompts[:1]
+        case "reflection":
+            return run.population.pool[-1:]
+    return select(run.population, run.config, rng)
+
+
+def to_samples(run: Run, groups_MB: list[list[Group]]) -> list[Sample]:
+    """Rollouts with their advantages r - V[i,b] (or r minus the mean over all prompts); groups without any are left out."""
+    c, samples = run.config, []
+    for b in range(len(groups_MB[0])):
+        marginal = float(np.mean([r for row in groups_MB for r in row[b].rewards]))
+        for group in (row[b] for row in groups_MB):
+            advantages = [r - (group.value if c.baseline == "prompt" else marginal) for r in group.rewards]
+            if c.kl_coef or max(map(abs, advantages)) > 1e-9:  # the KL term also pulls on groups without advantage
+                samples += [Sample(group.prompt_ids, y.tokens, y.logprobs, a) for y, a in zip(group.responses, advantages)
+                            if y.stop == "eos" or not c.mask_truncated]
+    return samples
+
+
+def evolve(run: Run, prompts: list[SystemPrompt], groups_MB: list[list[Group]], iteration: int, rng) -> dict:
+    """Mutation of the best prompt and, with p_crossover, crossover (Alg. 1, after the rating update). Returns the log."""
+    c, population = run.config, run.population
+    log = {"mutation": "none", "crossover": "none", "parse_failures": 0, "unanswered": 0, "dropped": Counter()}
+    ask = make_ask(run, iteration, log)
+    k = argmax([float(np.mean([g.value for g in row])) for row in groups_MB], rng)  # k <- argmax_i V_i
+    with timed(run, "reflect"):
+        try:
+            child = mutate(prompts[k], groups_MB[k], ask, run.task, c, log)
+            add_child(population, child, [prompts[k]], "mutation", iteration, c, log)
+        except Exception as e:  # a failure in reflection never ends a run
+            log["mutation"] = f"failed: {first_line(e)}"
+        if c.mode != "reflection" and rng.random() < c.p_crossover:
+            try:
+                made = crossover(prompts, groups_MB, k, ask, run.task, c, log)  # Alg. 2
+                add_child(population, made and made[0], made and made[1], "crossover", iteration, c, log)
+            except Exception as e:
+                log["crossover"] = f"failed: {first_line(e)}"
+    return log | {"dropped": dict(+log["dropped"])}
+
+
+def espl_iteration(run: Run, iteration: int) -> dict:
+    """One iteration of Algorithm 1; returns its line for metrics.jsonl."""
+    c = run.config
+    rng = np.random.default_rng(run.seed(f"evolution/{iteration}"))
+    problems_B = next_problems(run, iteration)
+    # Sample M system prompts from the population S; missing ones' rollouts go to the others, so every mode spends M B N.
+    prompts_M = prompts_of_iteration(run, rng)
+    each, more = divmod(c.num_prompts * c.num_rollouts, len(prompts_M))
+    # Sample N solutions y_ij ~ pi_theta(. | s_i, x); reward r_ij = R(x, y_ij), value V_i = mean_j r_ij.
+    groups = iter(sample_groups(run, [(s, x, each + (i < more)) for i, s in enumerate(prompts_M) for x in problems_B],
+                                "train", iteration))
+    groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
+    values_M = [float(np.mean([g.value for g in row])) for row in groups_MB]
+    # theta <- theta + alpha grad (J(theta) - beta KL(pi_theta, pi_ref))
+    learning = {}
+    if c.mode in ("espl", "rl"):
+        with timed(run, "update"):
+            objective = Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef)
+            run.opt_state, learning = rl_update(run.policy, run.optimizer, run.opt_state, to_samples(run, groups_MB),
+                                                c.num_prompts * c.num_rollouts * len(problems_B), objective,
+                                                c.microbatch_tokens)
+    evolution = {}
+    if c.mode != "rl":
+        # v <- argsort V; (mu_i, sigma_i) <- TrueSkill.update
+        update_ratings(prompts_M, values_M, iteration)
+        # Mutate the best prompt s_k; with probability p_crossover recombine (Algorithm 2); append the children to S.
+        evolution = evolve(run, prompts_M, groups_MB, iteration, rng)
+    rollouts = [(y, o) for row in groups_MB for g in row for y, o in zip(g.responses, g.outcomes)]
+    tokens = sum(len(y.tokens) for y, _ in rollouts)
+    return {"iteration": iteration, "reward_mean": float(np.mean([r for row in groups_MB for g in row for r in g.rewards])),
+            "rewards": {s.id: v for s, v in zip(prompts_M, values_M)},
+            "ratings": {s.id: [s.mu, s.sigma] for s in run.population.pool[-c.window:]},
+            "contrast_groups": sum(0 < g.value < 1 for row in groups_MB for g in row) / sum(map(len, groups_MB)),
+            **learning, **evolution, "response_tokens": tokens / len(rollouts),
+            "truncated": sum(y.stop == "length" for y, _ in rollouts) / len(rollouts),
+            "outcomes": dict(Counter(o for _, o in rollouts)), "rollout_tokens_per_second": tokens / run.seconds["sample"]}
+
+
+def print_line(run: Run, m: dict, last: int) -> None:
+    """One compact line an iteration."""
+    parts = [f"{m['iteration']:>4}/{last}"]
+    if "rewards" in m:
+        best = max(m["rewards"], key=m["rewards"].get)
+        parts += [f"reward {m['reward_mean']:.3f}", f"best prompt {best} {m['rewards'][best]:.3f}",
+                  f"tokens {m['response_tokens']:.0f}", f"cut {m['truncated']:.0%}"]
+    if "skipped" in m:
+        parts.append(f"no step: {m['skipped']}")
+    elif "loss" in m:
+        parts.append(f"grad {m['grad_norm']:.2g} ratio {m['ratio_mean']:.3f} entropy {m['entropy']:.2f}")
+    parts += [f"{kind}: {m[kind]}" for kind in ("mutation", "crossover") if m.get(kind, "none") != "none"]
+    if "test" in m:
+        parts.append("".join(f"{s} {m[s]:.3f} " for s in ("val", "test") if s in m).strip())
+    parts.append(" ".join(f"{k} {v:.1f}s" for k, v in m["seconds"].items()))
+    tqdm.write(" | ".join(parts))
+
+
+def find_model(name: str) -> str:
+    """Local directory of a model, downloaded from the Hugging Face hub if it is not one already."""
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"--model {name}: no such directory")
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+    except Exception as e:
+        raise UserError(f"cannot get {name} from the Hugging Face hub ({first_line(e)}); check the name and the network, run "
+                        "'hf auth login' if the model is gated, or give --model a local directory") from e
+
+
+def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """End-of-sequence ids of generation_config.json, config.json and the tokenizer (each one id or a list)."""
+    found = [tokenizer.eos_token_id]
+    for file in ("generation_config.json", "config.json"):
+        if (path := Path(directory) / file).is_file():
+            eos = json.loads(path.read_text()).get("eos_token_id")
+            found += eos if isinstance(eos, list) else [eos]
+    if not (ids := tuple(sorted({i for i in found if i is not None and i < vocab_size}))):
+        raise UserError(f"{directory} names no end-of-sequence token; set eos_token_id in its generation_config.json")
+    return ids
+
+
+def auto_slots(config: Config, cfg: ModelConfig, context: int) -> int:
+    """Rollouts decoded at once: what fits into 60 % of the free accelerator memory; 64 where that is not known (CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if config.slots or "bytes_limit" not in stats:
+        return config.slots or 64
+    length = min(context, config.max_new_tokens + 2048)
+    row = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * length * jnp.dtype(cfg.dtype).itemsize
+    free = (stats["bytes_limit"] - stats["bytes_in_use"]) * len(jax.devices())
+    return int(np.clip(0.6 * free / row, 1, 512))
+
+
+def load_engine(config: Config) -> tuple[Engine, Chat]:
+    """The model on a data x model mesh of all devices, ready to sample, and its chat format."""
+    from transformers import AutoTokenizer
+    if len(jax.devices()) % config.model_parallel:
+        raise UserError(f"--model-parallel {config.model_parallel} does not divide the {len(jax.devices())} devices")
+    mesh = jax.make_mesh((len(jax.devices()) // config.model_parallel, config.model_parallel), ("data", "model"),
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    jax.set_mesh(mesh)
+    directory = find_model(config.model)
+    dtype = config.dtype if config.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    cfg = read_model_config(directory, dtype, config.lora_rank, config.lora_alpha)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as e:
+        raise UserError(f"cannot read the tokenizer in {directory}: {first_line(e)}") from e
+    if len(tokenizer) > cfg.vocab_size:
+        raise UserError(f"the tokenizer in {directory} has {len(tokenizer)} tokens, the model {cfg.vocab_size}; not a pair")
+    eos = stop_tokens(directory, tokenizer, cfg.vocab_size)
+    policy = load_policy(directory, cfg, mesh, config.seed)
+    context = min(config.context or cfg.max_context, cfg.max_context)
+    return Engine(policy, eos, context, auto_slots(config, cfg, context)), Chat(tokenizer, config.prompt_role, config.thinking)
+
+
+def drop_long_problems(task: Task, chat: Chat, context: int) -> None:
+    """Leave out problems whose prompt, with the root principles, has no room for a response; say how many."""
+    system = system_text(task, task.root)
+    for split in ("train", "val", "test"):
+        problems = getattr(task, split)
+        kept = [x for x in problems if len(chat.ids(system, x.question)) < context]
+        if len(kept) < len(problems):
+            warn(f"{len(problems) - len(kept)} of {len(problems)} {split} problems do not fit {context} tokens: left out")
+        if problems and not kept and split != "val":
+            raise UserError(f"no {split} problem fits the context of {context} tokens; raise --context or use another --model")
+        setattr(task, split, kept)
+
+
+def start_run(config: Config) -> Run:
+    """Load everything, then make (or reopen) the run directory: whatever is wrong is found before anything is written."""
+    task = load_task(config)
+    engine, chat = load_engine(config)
+    drop_long_problems(task, chat, engine.context)
+    steps = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    optimizer = optax.chain(*steps, optax.adam(config.learning_rate, b1=0.9, b2=0.95, eps=1e-8))
+    config.run_dir = config.run_dir or f"runs/{task.name}-{config.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(config.run_dir)
+    if not config.resume:
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume {directory}")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"cannot make --run-dir {directory}: {first_line(e)}") from e
+        write_whole(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    population = Population([SystemPrompt(0, task.root)], config.max_pool_size)
+    return Run(config, task, chat, engine, population, optimizer, optimizer.init(engine.policy.theta), directory)
+
+
+def train(run: Run) -> dict:
+    """Algorithm 1's loop, with evaluation, logs and a checkpoint after every iteration; returns the summary."""
+    c, per_epoch = run.config, max(1, len(run.task.train) // run.config.batch_size)
+    last = min(c.iterations or math.inf, c.epochs * per_epoch)
+    with checkpoint_manager(run, "checkpoints", keep=2) as manager:
+        done = restore_checkpoint(run, manager) if c.resume else -1
+        for iteration in range(done + 1, last + 1):
+            run.seconds.clear()
+            m = espl_iteration(run, iteration) if iteration else {"iteration": 0}  # 0: evaluation of the base model
+            if iteration % c.eval_every == 0 or iteration == last:
+                with timed(run, "evaluate"):
+                    m |= evaluate(run, iteration)
+            m["seconds"] = dict(run.seconds)
+            finish_iteration(run, m, last)
+            if iteration % c.save_every == 0 or iteration == last:
+                save_checkpoint(run, manager, iteration)
+    return summary(run)
+
+
+def finish_iteration(run: Run, m: dict, last: int) -> None:
+    """Write metrics, population and pictures of a complete iteration, and print its line. Never ends the run."""
+    run.append("metrics.jsonl", [m])
+    try:
+        population = [dataclasses.asdict(s) for s in run.population.prompts]
+        write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
+        if "test" in m:
+            draw_curves(run)
+    except Exception as e:
+        warn(f"could not write population.json or curves.png: {first_line(e)}")
+    print_line(run, m, last)
+    if run.config.show_samples and m["iteration"] % run.config.show_samples == 0:
+        tqdm.write(textwrap.indent(run.shown, "        "))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    try:
+        config = parse_args(sys.argv[1:] if argv is None else argv)
+        if config.compile_cache:
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
+        run = start_run(config)
+    except UserError as e:
+        print(f"espl: error: {e}", file=sys.stderr)
+        return 2
+    task, cfg = run.task, run.policy.cfg
+    print(f"{config.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
+          f"problems; {config.model} ({cfg.dtype}, {'LoRA rank ' + str(cfg.lora_rank) if cfg.lora_rank else 'all weights'}) "
+          f"on {len(jax.devices())} {jax.default_backend()} device(s), {run.engine.slots} slots; writing {run.directory}")
+    try:
+        result = train(run)
+    except UserError as e:
+        print(f"espl: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nespl: interrupted; continue with: python espl.py --resume {run.directory}", file=sys.stderr)
+        return 130
+    s = tested_prompt(run)
+    print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+    print(f"tested prompt: {s.id} ({s.operation} of {s.parents or 'nothing'}, mu {s.mu:.1f}, sigma {s.sigma:.1f})\n"
+          f"{listing(numbered(s.principles))}\nfiles: {run.directory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
