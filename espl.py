@@ -52,8 +52,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for _name, _value in {"TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_VERBOSITY": "error",
+                      "DATASETS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}.items():
+    os.environ.setdefault(_name, _value)  # libraries speak only when something is wrong
 
 import jax  # noqa: E402  (after the environment is set)
 import jax.numpy as jnp
@@ -84,9 +85,10 @@ def progress(iterable=None, **kwargs):
 # 2. Config: every hyper-parameter is a flag. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
 
-TASKS = {  # --task: (train sets, test sets), each "hub data set:split"
-    "aime": (["AI-MO/aimo-validation-aime:train"], ["ByteDance-Seed/BeyondAIME:test"]),
-    "aime_amc": (["AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"], ["ByteDance-Seed/BeyondAIME:test"]),
+AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
+TASKS = {  # --task: (train sets, test sets), each a "data set of the hub:split"
+    "aime": ([AIME], ["ByteDance-Seed/BeyondAIME:test"]),
+    "aime_amc": ([AIME, AMC], ["ByteDance-Seed/BeyondAIME:test"]),
     "dapo": (["BytedTsinghua-SIA/DAPO-Math-17k:train"], ["yentinglin/aime_2025:train"]),
     "hmmt": ([f"MathArena/hmmt_feb_{y}:train" for y in (2023, 2024, 2025)], ["MathArena/hmmt_nov_2025:train"]),
 }
@@ -96,18 +98,19 @@ LOSSES = ("importance_sampling", "ppo", "cispo", "reinforce")
 
 def flag(default, group: str, text: str, symbol: str = "", low=None, high=None, choices=None):
     """A field of Config: default, help group, help text, the paper's symbol, bounds or choices."""
-    return field(default=default, metadata=dict(group=group, text=text, symbol=symbol, low=low, high=high, choices=choices))
+    names = dict(group=group, text=text, symbol=symbol, low=low, high=high, choices=choices)
+    return field(default=default, metadata=names)
 
 
 @dataclass
 class Config:
     """Everything that decides a run. --help prints this class."""
     task: str = flag("", "Task", "train -> test problems", choices=tuple(TASKS))
-    train_file: str = flag("", "Task", "JSONL of training problems instead: problem|question, answer|groundtruth|golden_answers")
+    train_file: str = flag("", "Task", "JSONL of training problems instead (fields: README)")
     test_file: str = flag("", "Task", "JSONL of test problems instead")
     train_size: int = flag(256, "Task", "most training problems, validation included", low=1)
     val_size: int = flag(16, "Task", "training problems set aside to pick by; at most a fifth of them", low=0)
-    prompts_file: str = flag("", "Task", "root principles and reflection requests (default: prompts_seed.txt beside espl.py)")
+    prompts_file: str = flag("", "Task", "what is said to the model (default: prompts_seed.txt beside espl.py)")
 
     model: str = flag("Qwen/Qwen3-1.7B", "Model", "Hugging Face hub name or local directory")
     dtype: str = flag("auto", "Model", "activations and frozen weights (auto: bfloat16, on CPU float32)",
@@ -116,7 +119,7 @@ class Config:
     lora_alpha: float = flag(32.0, "Model", "the adapter's output is scaled by alpha / rank", low=0)
     model_parallel: int = flag(1, "Model", "devices along the mesh's model axis; the rest are its data axis", low=1)
 
-    mode: str = flag("espl", "Algorithm 1", "what learns: weights and prompts, prompts, one prompt, weights", choices=MODES)
+    mode: str = flag("espl", "Algorithm 1", "learn weights and prompts, prompts, one prompt, weights", choices=MODES)
     batch_size: int = flag(10, "Algorithm 1", "problems in a batch", "B", low=1)
     num_rollouts: int = flag(5, "Algorithm 1", "rollouts of each prompt on each problem", "N", low=1)
     num_prompts: int = flag(3, "Algorithm 1", "system prompts in a batch", "M", low=1)
@@ -126,13 +129,14 @@ class Config:
 
     learning_rate: float = flag(4e-5, "RL update", "Adam's, betas (0.9, 0.95), eps 1e-8", "alpha", low=0)
     loss: str = flag("importance_sampling", "RL update", "surrogate for J", choices=LOSSES)
-    baseline: str = flag("prompt", "RL update", "advantage: r - V[i,b], or r - mean over all prompts", choices=("prompt", "marginal"))
+    baseline: str = flag("prompt", "RL update", "advantage: r - V[i,b], or r - mean over all prompts",
+                         choices=("prompt", "marginal"))
     clip_low: float = flag(0.2, "RL update", "ppo, cispo: ratio at least 1 - this", low=0, high=1)
     clip_high: float = flag(0.2, "RL update", "ppo, cispo: ratio at most 1 + this", low=0)
     kl_coef: float = flag(0.0, "RL update", "weight of KL(pi_theta || pi_ref)", "beta", low=0)
     max_grad_norm: float = flag(0.0, "RL update", "clip the gradient's global norm (0: off)", low=0)
     mask_truncated: bool = flag(False, "RL update", "leave responses cut at the limit out of the loss")
-    microbatch_tokens: int = flag(16384, "RL update", "tokens of a gradient-accumulation step; lower it when out of memory", low=1)
+    microbatch_tokens: int = flag(16384, "RL update", "tokens of a gradient-accumulation step", low=1)
 
     temperature: float = flag(0.6, "Sampling", "of rollouts; the policy is the tempered distribution", low=1e-3)
     top_p: float = flag(0.95, "Sampling", "nucleus mass of rollouts", low=1e-6, high=1)
@@ -148,11 +152,12 @@ class Config:
     ucb_lambda: float = flag(2.0, "Evolution", "score = mu + lambda sigma", "lambda", low=0)
     window: int = flag(10, "Evolution", "only the most recent prompts are selected", "K", low=1)
     max_pool_size: int = flag(200, "Evolution", "population size; the oldest leaves first", low=1)
-    p_crossover: float = flag(0.2, "Evolution", "probability of crossover in an iteration", "p_crossover", low=0, high=1)
+    p_crossover: float = flag(0.2, "Evolution", "chance of crossover in an iteration", "p_crossover", low=0, high=1)
     delta_sigma: float = flag(1.0, "Evolution", "uncertainty added to a child's rating", "dsigma", low=0)
 
-    reflector: str = flag("reference", "Reflection", "who reflects: pi_ref or pi_theta", choices=("reference", "current"))
-    reflect_on: str = flag("contrast", "Reflection", "problems with 0 < V < 1, V < 1, or all", choices=("contrast", "failures", "all"))
+    reflector: str = flag("reference", "Reflection", "pi_ref or pi_theta", choices=("reference", "current"))
+    reflect_on: str = flag("contrast", "Reflection", "problems with 0 < V < 1, V < 1, or all",
+                           choices=("contrast", "failures", "all"))
     max_operations: int = flag(2, "Reflection", "edits proposed for one problem", "K_ops", low=1)
     reflect_temperature: float = flag(0.6, "Reflection", "sampling temperature (top_p as for rollouts)", low=0)
     reflect_tokens: int = flag(8192, "Reflection", "longest reply", low=1)
@@ -162,7 +167,8 @@ class Config:
 
     eval_every: int = flag(10, "Evaluation", "iterations between evaluations; the first is before training", low=1)
     test_samples: int = flag(10, "Evaluation", "responses to each problem", low=1)
-    test_prompt: str = flag("best", "Evaluation", "prompt tested: highest mu - lambda sigma, or the latest", choices=("best", "latest"))
+    test_prompt: str = flag("best", "Evaluation", "prompt tested: highest mu - lambda sigma, or the latest",
+                            choices=("best", "latest"))
 
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
@@ -177,19 +183,24 @@ RESUMABLE = ("epochs", "iterations", "save_every", "show_samples", "slots", "mic
 def parse_args(argv: list[str]) -> Config:
     """Config from the command line; --resume takes the run's own flags. Raises UserError for impossible values."""
     parser = argparse.ArgumentParser(
-        prog="espl.py", description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
+        usage="python espl.py --task TASK [flags]", description=__doc__.split("\n")[0],
+        argument_default=argparse.SUPPRESS, exit_on_error=False, allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
-    groups = {}
+    groups = {f.metadata["group"]: None for f in dataclasses.fields(Config)}
+    groups = {name: parser.add_argument_group(name) for name in groups}
     for f in dataclasses.fields(Config):
-        m = f.metadata
-        group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]) if m["group"] not in groups else None)
-        symbol, kind = f"[{m['symbol']}] " if m["symbol"] else "", type(f.default)
+        m, kind = f.metadata, type(f.default)
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
             type=kind, choices=m["choices"], metavar=None if m["choices"] else kind.__name__.upper())
-        default = "" if f.default == "" else f" (default: {f.default})"
-        group.add_argument("--" + f.name.replace("_", "-"), help=symbol + m["text"] + default, **how)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see python espl.py --help"))
-    given = vars(parser.parse_args(argv))
+        symbol, default = f"[{m['symbol']}] " if m["symbol"] else "", "" if f.default == "" else f" (default: {f.default})"
+        groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), help=symbol + m["text"] + default, **how)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise UserError(f"{e}; see python espl.py --help") from e
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}; see python espl.py --help")
+    given = vars(given)
     saved = {}
     if given.get("resume"):
         path = Path(given["resume"]) / "config.json"
@@ -202,9 +213,9 @@ def parse_args(argv: list[str]) -> Config:
     for f in dataclasses.fields(Config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         if low is not None and not low <= value <= (math.inf if high is None else high):  # catches nan as well
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be at least {low}" + (f", at most {high}" if high else ""))
+            limit = f"at least {low}" + (f" and at most {high}" if high else "")
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be {limit}")
     if not config.task and not config.train_file:
-        parser.print_usage()
         raise UserError("choose a --task, or give --train-file and --test-file; see python espl.py --help")
     if not config.task and not config.test_file:
         raise UserError("--train-file without a --task needs a --test-file as well")
@@ -242,7 +253,7 @@ class Task:
     val: list[Problem]
     test: list[Problem]
     texts: dict[str, str]                      # this task's sections of prompts_seed.txt
-    grade: Callable[[list[tuple[Problem, str]]], list[tuple[float, str]]]  # (reward in [0, 1], outcome) of each response
+    grade: Callable[[list[tuple[Problem, str]]], list[tuple[float, str]]]  # responses -> (reward in [0, 1], outcome)
     parse: Callable[[str], list[dict] | None]  # operations in a reply; None: unreadable
 
     @property
@@ -263,7 +274,7 @@ def read_prompts(path: str, task: str) -> dict[str, str]:
     for name, slots in SLOTS.items():
         texts[name] = sections.get(f"{task}.{name}", sections.get(name))
         if texts[name] is None:
-            raise UserError(f"{path} has no section [{task}.{name}] or [{name}]; copy it from the original prompts_seed.txt")
+            raise UserError(f"{path} has no section [{task}.{name}] or [{name}]; copy it from prompts_seed.txt")
         if missing := [s for s in slots if "{" + s + "}" not in texts[name]]:
             raise UserError(f"section [{name}] of {path} lacks the slot {{{missing[0]}}}; put it where it belongs")
     return texts
@@ -523,7 +534,7 @@ class MathGrader:
 
 @dataclass
 class SystemPrompt:
-    """Member s of the population S: an ordered list of principles (G0, G1, …; none at the root), rating and lineage."""
+    """Member s of the population S: a list of principles (G0, G1, …; none at the root), rating and lineage."""
     id: int
     principles: list[str]
     mu: float = 25.0               # TrueSkill's defaults (paper, section Hyper-parameters)
@@ -561,7 +572,7 @@ def argmax(scores, rng) -> int:
 
 
 def select(population: Population, config: Config, rng) -> list[SystemPrompt]:
-    """M distinct prompts of the K most recent ones (all of them while there are fewer)   (Alg. 1; section Selection)."""
+    """M distinct prompts of the K most recent ones, all while there are fewer   (Alg. 1; section Selection)."""
     window = population.pool[-config.window:]
     scores = np.array([s.score(config.ucb_lambda) for s in window])
     order = rng.permutation(len(window))  # ties, and the random rest, in random order
@@ -581,7 +592,7 @@ def select(population: Population, config: Config, rng) -> list[SystemPrompt]:
 
 
 def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: int) -> None:
-    """One TrueSkill free-for-all among the prompts, ranked by V_i; neighbours in the ranking within 0.01 tie (Alg. 1)."""
+    """One TrueSkill free-for-all of the prompts, ranked by V_i; neighbours in rank within 0.01 tie   (Alg. 1)."""
     order = sorted(range(len(prompts)), key=lambda i: (-values[i], prompts[i].id))
     ranks = [0] * len(prompts)
     for better, worse in zip(order, order[1:]):
@@ -589,14 +600,14 @@ def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: 
     if len(prompts) > 1:
         env = trueskill.TrueSkill(mu=25.0, sigma=25.0 / 3, beta=25.0 / 6, tau=25.0 / 300, draw_probability=0.10)
         # In order of rank, then id, whatever order the prompts came in: floating point gives the same ratings.
-        rated = env.rate([(env.create_rating(prompts[i].mu, prompts[i].sigma),) for i in order], [ranks[i] for i in order])
-        for i, (r,) in zip(order, rated):
+        teams = [(env.create_rating(prompts[i].mu, prompts[i].sigma),) for i in order]
+        for i, (r,) in zip(order, env.rate(teams, [ranks[i] for i in order])):
             prompts[i].mu, prompts[i].sigma = r.mu, r.sigma
     for s, v, rank in zip(prompts, values, ranks):
         s.history.append({"iteration": iteration, "value": v, "rank": rank, "mu": s.mu, "sigma": s.sigma})
 
 
-# ---- Operations: what a reflection may do to a list of principles -----------------------------------------------------
+# ---- Operations: what a reflection may do to a list of principles ----
 
 LATEX_ESCAPE = re.compile(r"\\(?:[bfrt](?=[a-zA-Z])|n(?=(?:abla|e|eq|eg|i|mid|ot|otin|u|leq|geq)\b)|u(?![0-9a-fA-F]{4})"
                           r"|[^\"\\/bfnrtu])")
@@ -613,7 +624,8 @@ def parse_operations(reply: str) -> list[dict] | None:
     fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
     for block in fenced[::-1] + [text[text.rfind("[{"):], text]:
         strings = []  # take the strings out, so that what is removed below is never inside one
-        bare = JSON_STRING.sub(lambda m: strings.append(LATEX_ESCAPE.sub(r"\\\g<0>", m[0])) or f'"{len(strings) - 1}"', block)
+        keep = lambda m: strings.append(LATEX_ESCAPE.sub(r"\\\g<0>", m[0])) or f'"{len(strings) - 1}"'
+        bare = JSON_STRING.sub(keep, block)
         bare = re.sub(r"//[^\n]*|#[^\n]*|/\*.*?\*/", "", bare, flags=re.S)
         bare = re.sub(r",(?=\s*[}\]])", "", bare)
         found, empty = [], re.search(r"\[\s*\]\W*$", bare)
@@ -651,8 +663,8 @@ def valid_operation(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem
     if not isinstance(op, dict) or op.get("operation") not in kinds:
         return "unknown operation"
     kind = op["operation"]
-    named = {"add": [], "modify": [op.get("modified_from")], "merge": op.get("merged_from"), "remove": [op.get("remove_id")]}
-    named = named[kind]
+    named = {"add": [], "modify": [op.get("modified_from")], "merge": op.get("merged_from"),
+             "remove": [op.get("remove_id")]}[kind]
     if not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named):
         return "unknown id"
     if kind == "merge" and len(set(named)) < 2:
@@ -698,10 +710,9 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
     return unique[: config.max_principles]
 
 
-# ---- Reflection: mutation and crossover -------------------------------------------------------------------------------
-#
-# ask(request, [slots, …]) -> [reply, …] samples the reflection model on a batch of filled-in requests of prompts_seed.txt
-# (reply "" when a request could not be answered). `log` is the iteration's record: what was dropped and why.
+# ---- Reflection: mutation and crossover ----
+# ask(request, [slots, …]) -> [reply, …] samples the reflection model on a batch of requests from prompts_seed.txt, filled
+# in (reply "" when a request could not be answered). `log` is the iteration's record: what was dropped and why.
 
 
 def numbered(principles: list[str], prefix: str = "") -> dict[str, str]:
@@ -755,7 +766,7 @@ def mutate(parent: SystemPrompt, attempts: list[Group], ask, task: Task, config:
     current, problems = numbered(parent.principles), [a.problem for a in chosen]
     # App. Trajectory Summarization: one request a rollout, given its grade and the truth
     summaries = iter(ask("summarize", [
-        dict(problem=a.problem.question, answer=a.problem.answer, principles=listing(current), response=text, grade=grade)
+        dict(problem=a.problem.question, principles=listing(current), response=text, grade=grade, answer=a.problem.answer)
         for a in chosen for text, grade in zip(a.texts, a.graded)]))
     # App. Self-Critique and Local Edit Proposal: one request a problem, at most K_ops operations each
     critiques = ask_operations(ask, task, "critique", [
@@ -784,7 +795,7 @@ def mutate(parent: SystemPrompt, attempts: list[Group], ask, task: Task, config:
 
 
 def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
-    """{prompt: problems it strictly won}, the best prompt first; {} if it or everybody else won none   (Alg. 2, Phi)."""
+    """{prompt: problems it strictly won}, the best prompt first; {} if it, or all others, won none (Alg. 2, Phi)."""
     wins = {i: [] for i in [best] + [i for i in range(len(values_MB)) if i != best]}
     for b, column in enumerate(values_MB.T):
         *_, second, first = np.argsort(column, kind="stable")
@@ -805,7 +816,7 @@ def crossover(prompts: list[SystemPrompt], attempts_MB: list[list[Group]], best:
     problems = [a.problem for a in attempts_MB[0]]
     letters = dict(zip(wins, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
     sets = [f"Set {x}:\n{listing(numbered(prompts[i].principles, x + '.'))}" for i, x in letters.items()]
-    won = ["\n\n".join([f"Problems that set {x} did best on:"] + [f"Problem {b}: {problems[b].question}" for b in wins[i]])
+    won = [f"Problems that set {x} did best on:\n\n" + "\n\n".join(f"Problem {b}: {problems[b].question}" for b in wins[i])
            for i, x in letters.items()]
     [ops] = ask_operations(ask, task, "crossover", [dict(sets="\n\n".join(sets), wins="\n\n".join(won))], log)
     if ops is None:
@@ -899,7 +910,8 @@ def read_model_config(directory: str, dtype: str = "float32", lora_rank: int = 0
         raise UserError(f"model_type {hf.model_type!r} is not supported; choose a --model of {', '.join(FAMILIES)}")
     if getattr(hf, "quantization_config", None):
         raise UserError("quantized checkpoints are not supported; use the bf16 or fp32 weights of this model")
-    gemma, H = hf.model_type.startswith("gemma"), getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    gemma = hf.model_type.startswith("gemma")
+    H = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     activation = getattr(hf, "hidden_activation", None) or getattr(hf, "hidden_act", None)
     if activation != ("gelu_pytorch_tanh" if gemma else "silu"):
         raise UserError(f"activation {activation!r} is not supported for model_type {hf.model_type}")
@@ -933,7 +945,8 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_in, d_out), dtype) * d_in**-0.5)
         self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if name in cfg.biased else None
         if cfg.lora_rank:
-            self.lora_a = nnx.LoRAParam(jax.random.uniform(rngs.params(), (d_in, cfg.lora_rank), minval=-1) * d_in**-0.5)
+            a = jax.random.uniform(rngs.params(), (d_in, cfg.lora_rank), minval=-(d_in**-0.5), maxval=d_in**-0.5)
+            self.lora_a = nnx.LoRAParam(a)
             self.lora_b = nnx.LoRAParam(jnp.zeros((cfg.lora_rank, d_out)))
 
     def __call__(self, x):  # [..., d_in] -> [..., d_out]
@@ -972,10 +985,10 @@ def attention(q_BTNH, k_BSKH, v_BSKH, query_position_BT, key_position_BS, window
     """Causal grouped-query attention by position: a query at p sees the keys at positions in (p - window, p]."""
     B, T, N, H = q_BTNH.shape
     if T > 512:  # long sequences: queries in blocks, recomputed in the backward pass, so that [T, S] is never stored
-        blocks = jax.tree.map(lambda x: jnp.moveaxis(jnp.pad(x, [(0, 0), (0, -T % 512)] + [(0, 0)] * (x.ndim - 2)).reshape(
-            B, -1, 512, *x.shape[2:]), 1, 0), (q_BTNH, query_position_BT))
-        block = jax.checkpoint(lambda b: attention(b[0], k_BSKH, v_BSKH, b[1], key_position_BS, window, cfg))
-        return jnp.moveaxis(jax.lax.map(block, blocks), 0, 1).reshape(B, -1, N, H)[:, :T]
+        q = jnp.pad(q_BTNH, ((0, 0), (0, -T % 512), (0, 0), (0, 0))).reshape(B, -1, 512, N, H).swapaxes(0, 1)
+        p = jnp.pad(query_position_BT, ((0, 0), (0, -T % 512))).reshape(B, -1, 512).swapaxes(0, 1)
+        block = jax.checkpoint(lambda x: attention(x[0], k_BSKH, v_BSKH, x[1], key_position_BS, window, cfg))
+        return jax.lax.map(block, (q, p)).swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
     q_BTKGH = q_BTNH.reshape(B, T, cfg.num_kv_heads, -1, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * cfg.attention_scale
     if cfg.attention_cap:
@@ -993,8 +1006,8 @@ class Block(nnx.Module):
         D, F, H, N, K = cfg.model_dim, cfg.mlp_dim, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
         self.cfg = cfg
         self.attention_norm, self.mlp_norm = RMSNorm(cfg, D), RMSNorm(cfg, D)
-        for name, d_in, d_out in (("q_proj", D, N * H), ("k_proj", D, K * H), ("v_proj", D, K * H), ("o_proj", N * H, D),
-                                  ("gate_proj", D, F), ("up_proj", D, F), ("down_proj", F, D)):
+        for name, d_in, d_out in (("q_proj", D, N * H), ("k_proj", D, K * H), ("v_proj", D, K * H),
+                                  ("o_proj", N * H, D), ("gate_proj", D, F), ("up_proj", D, F), ("down_proj", F, D)):
             setattr(self, name, Linear(cfg, name, d_in, d_out, rngs))
         if cfg.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(cfg, H), RMSNorm(cfg, H)
@@ -1073,7 +1086,7 @@ SHARDING = (
     (r"layers/(q|k|v|gate|up)_proj/(kernel|lora_b)", P(None, None, "model")),   # L, in, out
     (r"layers/(o|down)_proj/(kernel|lora_a)", P(None, "model", None)),
     (r"layers/(q|k|v|gate|up)_proj/bias", P(None, "model")),
-    (r"", P()),                                                                 # norms and what is left: on every device
+    (r"", P()),                                                                 # norms and the rest: on every device
 )
 
 
@@ -1093,72 +1106,62 @@ def path_name(path) -> str:
     return "/".join(str(k.key) for k in path if hasattr(k, "key"))
 
 
-def weight_sharding(path, shape, mesh) -> jax.sharding.NamedSharding:
-    """Layout of one weight (or of its gradient or Adam moment) according to SHARDING."""
-    spec = next(s for pattern, s in SHARDING if re.search(pattern, path_name(path)))
+def weight_sharding(path: str, shape, mesh) -> jax.sharding.NamedSharding:
+    """Layout of the weight at `path` according to SHARDING."""
+    spec = next(s for pattern, s in SHARDING if re.search(pattern, path))
     return jax.sharding.NamedSharding(mesh, fit_spec(spec, shape, mesh))
 
 
-class Checkpoint:
-    """The tensors of a directory of (sharded) safetensors files, read lazily and by slice."""
-
-    def __init__(self, directory: str):
-        from safetensors import safe_open
-        files = sorted(Path(directory).glob("*.safetensors"))
-        if not files:
-            raise UserError(f"no *.safetensors in {directory}; convert the checkpoint to safetensors first")
-        self.tensors, self.used = {}, set()
-        for file in files:
-            try:
-                handle = safe_open(file, framework="np")
-            except Exception as e:
-                raise UserError(f"cannot read {file}: {first_line(e)}; download it again") from e
-            for name in handle.keys():
-                if not re.search(r"vision_tower|multi_modal_projector|rotary_emb", name):
-                    self.tensors[re.sub(r"^(model\.|language_model\.)+", "", name)] = (handle, name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.slice(name).get_shape())
-
-    def slice(self, name: str):
-        if name not in self.tensors:
-            raise UserError(f"the checkpoint has no tensor {name!r}; are all its safetensors files there?")
-        self.used.add(name)
-        handle, original = self.tensors[name]
-        return handle.get_slice(original)
+def open_checkpoint(directory: str) -> dict[str, Any]:
+    """{name: lazy safetensors slice} of the text model's tensors in a directory, names without `model.` prefixes."""
+    from safetensors import safe_open
+    tensors = {}
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        try:
+            handle = safe_open(file, framework="np")
+        except Exception as e:
+            raise UserError(f"cannot read {file}: {first_line(e)}; download it again") from e
+        for name in handle.keys():
+            if not re.search(r"vision_tower|multi_modal_projector|rotary_emb", name):
+                tensors[re.sub(r"^(model\.|language_model\.)+", "", name)] = handle.get_slice(name)
+    if not tensors:
+        raise UserError(f"no *.safetensors in {directory}; convert the checkpoint to safetensors first")
+    return tensors
 
 
 def tensor_names(path: str, cfg: ModelConfig) -> list[str]:
-    """Hugging Face tensor names (one a layer) that make up our weight at `path`."""
+    """Names in the checkpoint of the tensors (one a layer) that make up our weight at `path`; the adapter has none."""
     if not path.startswith("layers/"):
         return [{"embed": "embed_tokens.weight", "lm_head": "lm_head.weight", "final_norm/scale": "norm.weight"}[path]]
     _, module, leaf = path.split("/")
-    names = {"attention_norm": "input_layernorm", "attention_post_norm": "post_attention_layernorm",
+    norms = {"attention_norm": "input_layernorm", "attention_post_norm": "post_attention_layernorm",
              "mlp_norm": "pre_feedforward_layernorm" if cfg.gemma else "post_attention_layernorm",
              "mlp_post_norm": "post_feedforward_layernorm"}
-    group = "" if module in names else "mlp." if module in ("gate_proj", "up_proj", "down_proj") else "self_attn."
+    group = "" if module in norms else "mlp." if module in ("gate_proj", "up_proj", "down_proj") else "self_attn."
     suffix = "bias" if leaf == "bias" else "weight"
-    return [f"layers.{l}.{group}{names.get(module, module)}.{suffix}" for l in range(cfg.num_layers)]
+    return [] if "lora" in leaf else [
+        f"layers.{i}.{group}{norms.get(module, module)}.{suffix}" for i in range(cfg.num_layers)]
 
 
-def load_weight(path, leaf, checkpoint: Checkpoint, cfg: ModelConfig, mesh, seed: int):
+def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh, seed: int):
     """One weight as a sharded array; each process reads only the slices that its devices hold."""
-    name, sharding = path_name(path), weight_sharding(path, leaf.shape, mesh)
-    if "lora" in name:  # A uniform, B zero: the adapter starts as the identity
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        a = jax.random.uniform(key, leaf.shape, minval=-1) * leaf.shape[-2]**-0.5
-        return jax.device_put(a if name.endswith("lora_a") else jnp.zeros(leaf.shape), sharding)
-    names, transpose, stacked = tensor_names(name, cfg), name.endswith("kernel"), name.startswith("layers/")
-    expected = leaf.shape[1:] if stacked else leaf.shape
-    for n in names:
-        found = checkpoint.shape(n)
-        if found != (expected[::-1] if transpose else expected):
-            raise UserError(f"tensor {n!r} has shape {found}, config.json implies {expected}; is this the right config?")
+    sharding, names = weight_sharding(path, leaf.shape, mesh), tensor_names(path, cfg)
+    if not names:  # the adapter: A uniform, B zero, so that it starts as the identity
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+        bound = leaf.shape[-2]**-0.5 if path.endswith("lora_a") else 0.0
+        return jax.device_put(jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound), sharding)
+    transposed, stacked = path.endswith("kernel"), path.startswith("layers/")  # torch keeps [out, in]
+    expected = leaf.shape[stacked:][::-1] if transposed else leaf.shape[stacked:]
+    for name in names:
+        found = tuple(tensors[name].get_shape()) if name in tensors else None
+        if found != expected:
+            raise UserError(f"tensor {name!r} of the checkpoint has shape {found}, config.json implies {expected}; "
+                            "are config.json and all its safetensors files there?")
 
-    def read(index):  # index: the slice of every axis that one device holds
-        layers, inner = (range(len(names))[index[0]], index[1:]) if stacked else (range(1), index)
-        parts = [checkpoint.slice(names[l])[inner[::-1] if transpose else inner] for l in layers]
-        parts = [p.T if transpose else p for p in parts]
+    def read(index):  # index: for every axis of the stacked weight, the slice that one device holds
+        inner = index[stacked:][::-1] if transposed else index[stacked:]
+        parts = [tensors[name][inner] for name in (names[index[0]] if stacked else names)]
+        parts = [p.T if transposed else p for p in parts]
         return (np.stack(parts) if stacked else parts[0]).astype(leaf.dtype)
 
     return jax.make_array_from_callback(leaf.shape, sharding, read)
@@ -1188,14 +1191,14 @@ def make_policy(model: Transformer, mesh) -> Policy:
 
 def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy:
     """The checkpoint's weights on the mesh, with a fresh adapter. Errors (UserError) name the tensor."""
-    checkpoint = Checkpoint(directory)
-    abstract = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(seed)))
-    graphdef, shapes = nnx.split(abstract)
+    tensors = open_checkpoint(directory)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(seed))))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    weights = [load_weight(p, leaf, checkpoint, cfg, mesh, seed) for p, leaf in progress(leaves, desc="loading weights")]
-    unused = set(checkpoint.tensors) - checkpoint.used - {"lm_head.weight"}
-    if unused:
-        raise UserError(f"the checkpoint has tensors that {cfg} does not use, first {min(unused)!r}: not this architecture")
+    named = [(path_name(path), leaf) for path, leaf in leaves]
+    used = {name for path, _ in named for name in tensor_names(path, cfg)} | {"lm_head.weight"}
+    if unused := set(tensors) - used:
+        raise UserError(f"tensor {min(unused)!r} of the checkpoint has no place in the model; is config.json its own?")
+    weights = [load_weight(*item, tensors, cfg, mesh, seed) for item in progress(named, desc="loading weights")]
     return make_policy(nnx.merge(graphdef, jax.tree_util.tree_unflatten(treedef, weights)), mesh)
 
 
@@ -1322,7 +1325,8 @@ def decode_chunk(graphdef, theta, frozen, cache, token_S, position_S, left_S, ke
 def rollout_keys(seed, group_R, index_R):
     """Key data of every rollout of a call, from the call's seed (a pair of integers), its prompt and its number."""
     key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
-    return jax.vmap(lambda g, j: jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, g), j)))(group_R, index_R)
+    fold = jax.random.fold_in
+    return jax.vmap(lambda g, j: jax.random.key_data(fold(fold(key, g), j)))(group_R, index_R)
 
 
 @dataclass
@@ -1357,7 +1361,8 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
     that leaves no room in the context gets empty responses with stop "length".
     """
     policy, cfg = engine.policy, engine.policy.cfg
-    theta = jax.tree.map(lambda w: w.astype(cfg.dtype), theta)  # once, not in every decode step
+    theta = jax.tree_util.tree_map_with_path(  # cast once, not in every step; norms stay in float32, as in training
+        lambda path, w: w if path_name(path).endswith("scale") else w.astype(cfg.dtype), theta)
     room = [max(0, min(sampling.max_new_tokens, engine.context - len(p))) for p in prompts]
     responses = [[Response([], [], "length") for _ in range(n)] for n in counts]
     queue = [(g, j) for g, n in enumerate(counts) for j in range(n) if room[g]]
@@ -1404,7 +1409,7 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
 
 
 # ======================================================================================================================
-# 7. RL update: J(theta) = 1/(N M B) sum A[i,b,j] sum_t w_t log pi_theta(y_t | s_i, x_b, y_<t) - beta KL(pi_theta || pi_ref)
+# 7. RL update: J(theta) = 1/(N M B) sum_ibj A[i,b,j] sum_t w_t log pi_theta(y_t | s_i, x_b, y_<t) - beta KL(pi || pi_ref)
 # ======================================================================================================================
 
 @dataclass(frozen=True)
@@ -1512,7 +1517,8 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
         for i, s in enumerate(samples[:rows]):
             whole, p = s.prompt + s.tokens, len(s.prompt) - 1
             n = len(whole) - 1  # inputs are whole[:-1]; the response's targets start at the last prompt token
-            batch["token"][i, :n], batch["target"][i, :n], batch["position"][i, :n] = whole[:-1], whole[1:], np.arange(n)
+            batch["token"][i, :n], batch["target"][i, :n] = whole[:-1], whole[1:]
+            batch["position"][i, :n] = np.arange(n)
             batch["mask"][i, p:n], batch["behaviour"][i, p:n], batch["advantage"][i] = True, s.logprobs, s.advantage
         yield batch
         samples = samples[rows:]
@@ -1531,8 +1537,8 @@ def rl_update(policy: Policy, optimizer, opt_state, samples: list[Sample], num_r
     batches = list(microbatches(samples, max_tokens, policy.mesh.shape["data"]))
     for batch in progress(batches, desc="updating"):
         batch = {n: jax.device_put(x, jax.sharding.NamedSharding(policy.mesh, P("data"))) for n, x in batch.items()}
-        gradient, metrics = add_gradient(gradient, policy.theta, policy.theta_ref, policy.graphdef, policy.frozen, batch,
-                                         num_rollouts, objective)
+        gradient, metrics = add_gradient(gradient, policy.theta, policy.theta_ref, policy.graphdef, policy.frozen,
+                                         batch, num_rollouts, objective)
         sums.append(metrics)
     policy.theta, opt_state, norm = adam_step(optimizer, policy.theta, opt_state, gradient)
     total = {n: float(sum(s[n] for s, _ in sums)) for n in sums[0][0]}
@@ -1681,7 +1687,8 @@ def evaluate(run: Run, iteration: int) -> dict:
         if groups:
             result[split] = float(np.mean([g.value for g in groups]))
             for k in sorted({k for k in (1, 2, 4, 8, n) if k <= n}):
-                result[f"{split}_pass@{k}"] = float(np.mean([pass_at_k(g.graded.count("correct"), n, k) for g in groups]))
+                chances = [pass_at_k(g.graded.count("correct"), n, k) for g in groups]
+                result[f"{split}_pass@{k}"] = float(np.mean(chances))
             s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
     best = max((e["val"] for e in run.evaluations if "val" in e), default=-math.inf)
     run.evaluations.append(result)
@@ -1701,7 +1708,8 @@ def summary(run: Run) -> dict:
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
     """Orbax checkpoints in <run>/<name>."""
-    return ocp.CheckpointManager((run.directory / name).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    return ocp.CheckpointManager((run.directory / name).absolute(), options=options)
 
 
 def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) -> None:
@@ -1744,34 +1752,32 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def draw_curves(run: Run) -> None:
-    """curves.png: reward and test score, ratings of the tested prompts, response length, entropy."""
+    """curves.png: rewards and scores, TrueSkill mu of each prompt, response length, entropy."""
     from matplotlib.figure import Figure
     lines = [json.loads(x) for x in (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    lines = [x for x in lines if "reward_mean" in x]
     figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2).ravel()
-    x = [m["iteration"] for m in lines]
-    axes[0].plot(x, [m["reward_mean"] for m in lines], color="0.6", label="training batch, mean")
-    axes[0].plot(x, [max(m["rewards"].values()) for m in lines], color="0.6", ls=":", label="training batch, best prompt")
-    for split, color in (("val", "C0"), ("test", "C3")):
-        points = [(e["iteration"], e[split]) for e in run.evaluations if split in e]
-        axes[0].plot(*zip(*points), marker="o", color=color, label=split) if points else None
-    axes[0].set(title="reward", ylim=(-0.02, 1.02))
-    axes[0].legend(fontsize=8)
+    reward, rating, length, entropy = figure.subplots(2, 2).ravel()
+
+    def draw(axis, points, label=None, **style):  # points: (iteration, value or None)
+        axis.plot(*zip(*([p for p in points if p[1] is not None] or [(math.nan, math.nan)])), label=label, **style)
+
+    draw(reward, [(m["iteration"], m.get("reward_mean")) for m in lines], "training batch, mean", color="0.6")
+    draw(reward, [(m["iteration"], max(m["rewards"].values()) if "rewards" in m else None) for m in lines],
+         "training batch, best prompt", color="0.6", ls=":")
+    for split, style in (("val", "o--"), ("test", "s-")):
+        draw(reward, [(e["iteration"], e.get(split)) for e in run.evaluations], split, marker=style[0], ls=style[1:])
     for s in run.population.prompts:
-        if s.history:
-            axes[1].plot([h["iteration"] for h in s.history], [h["mu"] for h in s.history], marker=".", label=f"prompt {s.id}")
-    axes[1].set(title="TrueSkill mu of each prompt")
-    if len(run.population.prompts) <= 12 and axes[1].lines:
-        axes[1].legend(fontsize=7)
-    axes[2].plot(x, [m["response_tokens"] for m in lines], color="C2")
-    axes[2].set(title="response length (tokens)", ylim=(0, None))
-    trained = [m for m in lines if "entropy" in m]
-    axes[3].plot([m["iteration"] for m in trained], [m["entropy"] for m in trained], color="C4")
-    axes[3].set(title="entropy (nats a token)")
-    for a in axes:
-        a.set_xlabel("iteration")
-        a.grid(alpha=0.3)
+        draw(rating, [(h["iteration"], h["mu"]) for h in s.history], f"prompt {s.id}", marker=".")
+    draw(length, [(m["iteration"], m.get("response_tokens")) for m in lines], color="C2")
+    draw(entropy, [(m["iteration"], m.get("entropy")) for m in lines], color="C4")
+    reward.legend(fontsize=8)
+    if len(run.population.prompts) <= 10:
+        rating.legend(fontsize=8)
+    reward.set_ylim(-0.02, 1.02)
+    for axis, title in ((reward, "reward"), (rating, "TrueSkill mu of the prompts"),
+                        (length, "response length (tokens)"), (entropy, "entropy (nats a token)")):
+        axis.set(title=title, xlabel="iteration", xlim=(0, max(1, lines[-1]["iteration"])))
+        axis.grid(alpha=0.3)
     figure.suptitle(run.directory.name)
     figure.savefig(run.directory / "curves.png", dpi=110)
 
@@ -1800,15 +1806,15 @@ def prompts_of_iteration(run: Run, rng) -> list[SystemPrompt]:
 
 
 def to_samples(run: Run, groups_MB: list[list[Group]]) -> list[Sample]:
-    """Rollouts with their advantages r - V[i,b] (or r minus the mean over all prompts); groups without any are left out."""
+    """Rollouts with advantages r - V[i,b] (or r minus the mean over all prompts); groups without any are left out."""
     c, samples = run.config, []
     for b in range(len(groups_MB[0])):
         marginal = float(np.mean([r for row in groups_MB for r in row[b].rewards]))
         for group in (row[b] for row in groups_MB):
             advantages = [r - (group.value if c.baseline == "prompt" else marginal) for r in group.rewards]
             if c.kl_coef or max(map(abs, advantages)) > 1e-9:  # the KL term also pulls on groups without advantage
-                samples += [Sample(group.prompt_ids, y.tokens, y.logprobs, a) for y, a in zip(group.responses, advantages)
-                            if y.stop == "eos" or not c.mask_truncated]
+                samples += [Sample(group.prompt_ids, y.tokens, y.logprobs, a)
+                            for y, a in zip(group.responses, advantages) if y.stop == "eos" or not c.mask_truncated]
     return samples
 
 
@@ -1838,7 +1844,7 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     c = run.config
     rng = np.random.default_rng(run.seed(f"evolution/{iteration}"))
     problems_B = next_problems(run, iteration)
-    # Sample M system prompts from the population S; missing ones' rollouts go to the others, so every mode spends M B N.
+    # Sample M system prompts from S; rollouts of missing ones go to the others: every mode spends M B N.
     prompts_M = prompts_of_iteration(run, rng)
     each, more = divmod(c.num_prompts * c.num_rollouts, len(prompts_M))
     # Sample N solutions y_ij ~ pi_theta(. | s_i, x); reward r_ij = R(x, y_ij), value V_i = mean_j r_ij.
@@ -1860,15 +1866,21 @@ def espl_iteration(run: Run, iteration: int) -> dict:
         update_ratings(prompts_M, values_M, iteration)
         # Mutate the best prompt s_k; with probability p_crossover recombine (Algorithm 2); append the children to S.
         evolution = evolve(run, prompts_M, groups_MB, iteration, rng)
-    rollouts = [(y, o) for row in groups_MB for g in row for y, o in zip(g.responses, g.outcomes)]
-    tokens = sum(len(y.tokens) for y, _ in rollouts)
-    return {"iteration": iteration, "reward_mean": float(np.mean([r for row in groups_MB for g in row for r in g.rewards])),
+    return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
+
+
+def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[Group]], values_M: list[float]) -> dict:
+    """What metrics.jsonl says of an iteration's rollouts and ratings (README: What a run writes)."""
+    groups = [g for row in groups_MB for g in row]
+    responses, outcomes = [y for g in groups for y in g.responses], [o for g in groups for o in g.outcomes]
+    tokens = sum(len(y.tokens) for y in responses)
+    return {"reward_mean": float(np.mean([r for g in groups for r in g.rewards])),
             "rewards": {s.id: v for s, v in zip(prompts_M, values_M)},
-            "ratings": {s.id: [s.mu, s.sigma] for s in run.population.pool[-c.window:]},
-            "contrast_groups": sum(0 < g.value < 1 for row in groups_MB for g in row) / sum(map(len, groups_MB)),
-            **learning, **evolution, "response_tokens": tokens / len(rollouts),
-            "truncated": sum(y.stop == "length" for y, _ in rollouts) / len(rollouts),
-            "outcomes": dict(Counter(o for _, o in rollouts)), "rollout_tokens_per_second": tokens / run.seconds["sample"]}
+            "ratings": {s.id: [s.mu, s.sigma] for s in run.population.pool[-run.config.window:]},
+            "contrast_groups": sum(0 < g.value < 1 for g in groups) / len(groups),
+            "response_tokens": tokens / len(responses),
+            "truncated": sum(y.stop == "length" for y in responses) / len(responses),
+            "outcomes": dict(Counter(outcomes)), "rollout_tokens_per_second": tokens / run.seconds["sample"]}
 
 
 def print_line(run: Run, m: dict, last: int) -> None:
@@ -1899,8 +1911,8 @@ def find_model(name: str) -> str:
         from huggingface_hub import snapshot_download
         return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
     except Exception as e:
-        raise UserError(f"cannot get {name} from the Hugging Face hub ({first_line(e)}); check the name and the network, run "
-                        "'hf auth login' if the model is gated, or give --model a local directory") from e
+        raise UserError(f"cannot get {name} from the Hugging Face hub ({first_line(e)}); check the name and the network, "
+                        "run 'hf auth login' if the model is gated, or give --model a local directory") from e
 
 
 def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
@@ -1916,7 +1928,7 @@ def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
 
 
 def auto_slots(config: Config, cfg: ModelConfig, context: int) -> int:
-    """Rollouts decoded at once: what fits into 60 % of the free accelerator memory; 64 where that is not known (CPU)."""
+    """Rollouts decoded at once: as fit into 60 % of the free accelerator memory; 64 where that is not known (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if config.slots or "bytes_limit" not in stats:
         return config.slots or 64
@@ -1942,11 +1954,12 @@ def load_engine(config: Config) -> tuple[Engine, Chat]:
     except Exception as e:
         raise UserError(f"cannot read the tokenizer in {directory}: {first_line(e)}") from e
     if len(tokenizer) > cfg.vocab_size:
-        raise UserError(f"the tokenizer in {directory} has {len(tokenizer)} tokens, the model {cfg.vocab_size}; not a pair")
+        raise UserError(f"the tokenizer in {directory} has {len(tokenizer)} tokens, its model {cfg.vocab_size}")
     eos = stop_tokens(directory, tokenizer, cfg.vocab_size)
     policy = load_policy(directory, cfg, mesh, config.seed)
     context = min(config.context or cfg.max_context, cfg.max_context)
-    return Engine(policy, eos, context, auto_slots(config, cfg, context)), Chat(tokenizer, config.prompt_role, config.thinking)
+    engine = Engine(policy, eos, context, auto_slots(config, cfg, context))
+    return engine, Chat(tokenizer, config.prompt_role, config.thinking)
 
 
 def drop_long_problems(task: Task, chat: Chat, context: int) -> None:
@@ -1956,14 +1969,14 @@ def drop_long_problems(task: Task, chat: Chat, context: int) -> None:
         problems = getattr(task, split)
         kept = [x for x in problems if len(chat.ids(system, x.question)) < context]
         if len(kept) < len(problems):
-            warn(f"{len(problems) - len(kept)} of {len(problems)} {split} problems do not fit {context} tokens: left out")
+            warn(f"left out {len(problems) - len(kept)} of {len(problems)} {split} problems, too long for {context} tokens")
         if problems and not kept and split != "val":
-            raise UserError(f"no {split} problem fits the context of {context} tokens; raise --context or use another --model")
+            raise UserError(f"no {split} problem fits into {context} tokens; raise --context or use another --model")
         setattr(task, split, kept)
 
 
 def start_run(config: Config) -> Run:
-    """Load everything, then make (or reopen) the run directory: whatever is wrong is found before anything is written."""
+    """Load everything, then make (or reopen) the run directory: what is wrong is found before anything is written."""
     task = load_task(config)
     engine, chat = load_engine(config)
     drop_long_problems(task, chat, engine.context)
@@ -1973,7 +1986,7 @@ def start_run(config: Config) -> Run:
     directory = Path(config.run_dir)
     if not config.resume:
         if directory.exists() and any(directory.iterdir()):
-            raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume {directory}")
+            raise UserError(f"--run-dir {directory} is not empty; choose another or continue it with --resume")
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -2028,9 +2041,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"espl: error: {e}", file=sys.stderr)
         return 2
     task, cfg = run.task, run.policy.cfg
+    trained = f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all weights"
     print(f"{config.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
-          f"problems; {config.model} ({cfg.dtype}, {'LoRA rank ' + str(cfg.lora_rank) if cfg.lora_rank else 'all weights'}) "
-          f"on {len(jax.devices())} {jax.default_backend()} device(s), {run.engine.slots} slots; writing {run.directory}")
+          f"problems\n{config.model} ({cfg.dtype}, {trained}) on {len(jax.devices())} {jax.default_backend()} device(s), "
+          f"{run.engine.slots} slots\nwriting {run.directory}")
     try:
         result = train(run)
     except UserError as e:
