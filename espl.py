@@ -10,7 +10,7 @@ model reflect on the rollouts. Algorithm 1 is `espl_iteration`; its lines, in or
 
     sample M prompts from S, p_i ~ mu_i + lambda sigma_i     select
     sample N solutions y_ij ~ pi_theta(. | s_i, x)           generate     (section 6)
-    r_ij = R(x, y_ij), V_i = mean_j r_ij                     Task.grade, Attempts.value
+    r_ij = R(x, y_ij), V_i = mean_j r_ij                     Task.grade, Group.value
     theta <- theta + alpha grad (J - beta KL)                rl_update    (section 7; J is `surrogate`)
     rank by V_i, TrueSkill.update                            update_ratings
     k = argmax V_i; reflect on its rollouts; git.apply       mutate, apply_operations, add_child
@@ -38,7 +38,6 @@ import dataclasses
 import json
 import math
 import os
-import queue
 import re
 import subprocess
 import sys
@@ -204,9 +203,10 @@ def parse_args(argv: list[str]) -> Config:
     saved = {}
     if given.get("resume"):
         path = Path(given["resume"]) / "config.json"
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; --resume takes the directory of an earlier run")
-        saved = json.loads(path.read_text()) | {"run_dir": given["resume"]}
+        try:
+            saved = json.loads(path.read_text()) | {"run_dir": given["resume"]}
+        except (OSError, ValueError) as e:
+            raise UserError(f"cannot read {path} ({first_line(e)}); --resume takes an earlier run's directory") from e
         if fixed := [n for n in given if n not in RESUMABLE + ("resume",) and given[n] != saved.get(n)]:
             raise UserError(f"--{fixed[0].replace('_', '-')} cannot change when resuming; start a new run")
     config = Config(**(saved | given))
@@ -296,12 +296,13 @@ def to_problem(record: Any, where: str) -> Problem:
     """A Problem from one record of a data set or JSONL file."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object; write {{\"problem\": …, \"answer\": …}} on each line")
-    if isinstance(record.get("prompt"), list) and isinstance(record.get("reward_model"), dict):  # DAPO-Math-17k
-        text = record["prompt"][0]["content"]  # its first and last paragraph are instructions of its own
-        record = {"problem": "\n\n".join(text.split("\n\n")[1:-1]), "answer": record["reward_model"]["ground_truth"]}
+    match record:
+        case {"prompt": [{"content": str(text)}, *_], "reward_model": {"ground_truth": answer}}:  # DAPO-Math-17k, whose
+            record = {"problem": "\n\n".join(text.split("\n\n")[1:-1]), "answer": answer}  # first and last part instruct
     question = record.get("problem") or record.get("question")
     answers = next((record[k] for k in ("answer", "groundtruth", "golden_answers") if record.get(k) is not None), None)
     answers = answers if isinstance(answers, list) else [answers]
+    answers = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # 142.0 in aimo-validation-amc
     answers = tuple(str(a).strip() for a in answers if isinstance(a, (str, int, float)) and str(a).strip())
     if not isinstance(question, str) or not question.strip() or not answers:
         raise UserError(f"{where}: needs a text problem|question and an answer|groundtruth|golden_answers")
@@ -357,9 +358,7 @@ def load_task(config: Config) -> Task:
     val, train = [train[i] for i in order[:held]], [train[i] for i in order[held:]]
     if not train:
         raise UserError("every training problem is also a test problem; use another --train-file")
-    grader = MathGrader()
-    return Task(name, train, val, test, texts, lambda pairs: grader.grade_all([(p.answers, text) for p, text in pairs]),
-                parse_operations)
+    return Task(name, train, val, test, texts, grade_math, parse_operations)
 
 
 @dataclass
@@ -380,6 +379,7 @@ class Chat:
         apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         first, second = (system, user) if self.role == "system" else (user, system)
         joined = [{"role": "user", "content": "\n\n".join(t for t in (first, second) if t)}]
+        error = ValueError("it drops the text")
         for messages in [apart, joined] if system and self.role == "system" else [joined]:
             try:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
@@ -396,25 +396,15 @@ class Chat:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-LONGEST_ANSWER = 1_000  # characters, far above any competition answer; a longer box holds a derivation or an attack
-
-# sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often inside one C call which no exception can interrupt.
-# So a worker process forks one child per answer and the kernel enforces both limits on it: SIGALRM keeps its default
-# action, which ends the child whatever it is doing, even when its parents are gone. As every child starts from the
-# same state, no answer can spoil the verdict on the next. math-verify's own timeouts, made of signals too, stay off.
-_WORKER = r"""
-import contextlib, json, os, resource, signal, sys
-seconds, max_bytes = float(sys.argv[1]), int(sys.argv[2])
-signal.signal(signal.SIGALRM, signal.SIG_DFL)
-with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit
-    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
-replies, sys.stdout = sys.stdout, sys.stderr  # nothing a library prints may look like a reply
-try:
-    from math_verify import LatexExtractionConfig, parse, verify
-except ImportError as error:
-    for _ in sys.stdin:
-        print(repr(error), file=replies, flush=True)
-    sys.exit()
+# sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often inside one C call which no exception interrupts. So a
+# process of its own forks one child for each answer, and the kernel enforces both limits on that child: SIGALRM keeps
+# its default action, which ends it whatever it is doing. As every child starts from the same state, no answer can spoil
+# the verdict on the next. math-verify's own timeouts, made of signals too, stay off.
+GRADE_SECONDS, GRADE_BYTES, LONGEST_ANSWER = 5, 400 * 2**20, 1_000  # of time, memory and characters, for each answer
+MATH_VERIFY = r"""
+import json, os, resource, signal, sys
+from math_verify import LatexExtractionConfig, parse, verify
+seconds, max_bytes = int(sys.argv[1]), int(sys.argv[2])
 
 def read(answer):  # LaTeX only: the plain-text extractor would pick any number out of a sentence
     return parse("\\boxed{" + answer + "}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
@@ -424,14 +414,18 @@ def same(golds, answer):
     return any(verify(read(gold), parsed, timeout_seconds=None, raise_on_error=True) for gold in golds)
 
 same(["[1,2)", "x^2-1"], "(x+1)(\\frac{x}{1}-1)")  # fills caches which the children inherit: three times as fast
-for line in sys.stdin:  # ends when the parent closes the pipe or dies
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+for line in sys.stdin:
     if not (child := os.fork()):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        with contextlib.suppress(BaseException):
+        try:
+            os.dup2(2, 1)  # nothing a library prints may look like a verdict
+            signal.alarm(seconds)
+            resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
             os._exit(0 if same(*json.loads(line)) else 1)
-        os._exit(2)
+        except BaseException:
+            os._exit(2)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print({0: "correct", 1: "wrong", -signal.SIGALRM: "timeout"}.get(code, "error"), file=replies, flush=True)
+    print({0: "correct", 1: "wrong", -signal.SIGALRM: "timeout"}.get(code, "error"), flush=True)
 """
 
 
@@ -452,79 +446,52 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def _integer(text: str) -> int | None:
+def plain_integer(text: str) -> int | None:
     """The integer that `text` plainly is (042, 1,000, $-7$.), else None."""
     separator = r"(?:\\,|\{,\}|,(?:\\!)?)"  # of thousands, as LaTeX writers put it:  \,  {,}  ,  ,\!
     match = re.fullmatch(rf"[\s$]*([+-]?(?:[0-9]+|[0-9]{{1,3}}(?:{separator}[0-9]{{3}})+))[\s$.]*", text)
     return int(re.sub(separator, "", match[1])) if match and len(text) <= LONGEST_ANSWER else None
 
 
-class MathGrader:
-    """Grades answers, from any thread. Worker processes start when first needed; `close` ends them."""
+def ask_math_verify(pairs: list[tuple[list[str], str]]) -> list[str]:
+    """Verdicts of math-verify on (golds, answer) pairs: correct, wrong, timeout or error."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", MATH_VERIFY, str(GRADE_SECONDS), str(GRADE_BYTES)], capture_output=True, text=True,
+            input="".join(json.dumps(p) + "\n" for p in pairs), timeout=60 + (GRADE_SECONDS + 1) * len(pairs))
+        verdicts, reason = done.stdout.split(), (done.stderr.strip().splitlines() or ["it ended early"])[-1]
+    except (OSError, subprocess.TimeoutExpired) as e:
+        verdicts, reason = [], first_line(e)
+    if len(verdicts) < len(pairs):
+        warn(f"{len(pairs) - len(verdicts)} answers not graded, math-verify failed ({reason}); try pip install math-verify")
+    return verdicts + ["error"] * (len(pairs) - len(verdicts))
 
-    def __init__(self, workers: int = 2, seconds: float = 5.0, max_bytes: int = 400 * 2**20):
-        self.workers, self._limits, self._warned = workers, (str(seconds), str(max_bytes)), False
-        self._idle = queue.LifoQueue()  # last in, first out: a single caller starts a single worker
-        for _ in range(workers):
-            self._idle.put(None)  # stands for a worker which is not running
 
-    def grade(self, answers: tuple[str, ...], text: str) -> tuple[float, str]:
-        """(reward, outcome) of a completion: correct (1.0), wrong, no_answer, timeout or error (all 0.0)."""
+def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
+    """(reward, outcome) of each response: 1.0 for correct; 0.0 for wrong, no_answer, timeout and error.
+
+    Strict: only the last \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify.
+    """
+    outcomes, asked = [], []
+    for problem, text in pairs:
         answer = (last_boxed(final_text(text)) or "").strip()
+        number = plain_integer(answer)
+        golds = [g for g in problem.answers if number is None or plain_integer(g) is None]  # unequal integers are settled
         if not answer:
-            return 0.0, "no_answer"
-        number = _integer(answer)
-        if any(answer == gold or number is not None and number == _integer(gold) for gold in answers):
-            return 1.0, "correct"
-        golds = [gold for gold in answers if number is None or _integer(gold) is None]  # unequal integers are settled
-        outcome = self._ask(golds, answer) if golds and len(answer) <= LONGEST_ANSWER else "wrong"
-        return float(outcome == "correct"), outcome
-
-    def grade_all(self, pairs: list[tuple[tuple[str, ...], str]]) -> list[tuple[float, str]]:
-        """`grade` of each (answers, text), in order. All workers are at it, so that timeouts overlap."""
-        with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(lambda pair: self.grade(*pair), pairs))
-
-    def close(self) -> None:
-        """End the workers, once they are idle. A later `grade` starts new ones."""
-        for worker in [self._idle.get() for _ in range(self.workers)]:
-            self._stop(worker)
-            self._idle.put(None)
-
-    def _ask(self, golds: list[str], answer: str) -> str:
-        """The outcome according to math-verify."""
-        worker, reply = self._idle.get(), ""
-        try:
-            for _ in range(2):  # a worker killed from outside says nothing about the answer: one more try
-                with contextlib.suppress(OSError):  # no new process, or a broken pipe
-                    worker = worker or self._start()
-                    print(json.dumps([golds, answer]), file=worker.stdin, flush=True)
-                    reply = worker.stdout.readline().strip()
-                if reply:
-                    break
-                worker = self._stop(worker)
-        except BaseException:  # say Ctrl-C: the reply still to come must not answer the next question
-            worker = self._stop(worker)
-            raise
-        finally:
-            self._idle.put(worker)
-        if reply in ("correct", "wrong", "timeout", "error"):
-            return reply
-        if not self._warned:
-            print(f"cannot run math-verify ({reply or 'its process ends'}): pip install math-verify", file=sys.stderr)
-        self._warned = True
-        return "error"
-
-    def _start(self) -> subprocess.Popen:
-        command, pipe = [sys.executable, "-c", _WORKER, *self._limits], subprocess.PIPE
-        quiet = {"stderr": subprocess.DEVNULL, "start_new_session": True}  # a session of its own: Ctrl-C is for us
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, **quiet)
-
-    @staticmethod
-    def _stop(worker: subprocess.Popen | None) -> None:
-        if worker:
-            with contextlib.suppress(OSError), worker:  # leaving the block closes the pipes and waits for the end
-                worker.kill()
+            outcomes.append("no_answer")
+        elif any(answer == g or number is not None and number == plain_integer(g) for g in problem.answers):
+            outcomes.append("correct")
+        elif not golds or len(answer) > LONGEST_ANSWER:  # a longer box holds a derivation or an attack
+            outcomes.append("wrong")
+        else:
+            outcomes.append(len(asked))
+            asked.append((golds, answer))
+    with ThreadPoolExecutor(2) as pool:  # two processes, so that timeouts overlap
+        verdicts = [v for part in pool.map(ask_math_verify, filter(None, (asked[::2], asked[1::2]))) for v in part]
+    order = [*range(0, len(asked), 2), *range(1, len(asked), 2)]
+    verdict = dict(zip(order, verdicts))
+    outcomes = [verdict[o] if isinstance(o, int) else o for o in outcomes]
+    return [(float(o == "correct"), o) for o in outcomes]
 
 
 # ======================================================================================================================
@@ -609,9 +576,9 @@ def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: 
 
 # ---- Operations: what a reflection may do to a list of principles ----
 
-LATEX_ESCAPE = re.compile(r"\\(?:[bfrt](?=[a-zA-Z])|n(?=(?:abla|e|eq|eg|i|mid|ot|otin|u|leq|geq)\b)|u(?![0-9a-fA-F]{4})"
-                          r"|[^\"\\/bfnrtu])")
-JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+JSON_STRING = re.compile(r'"(?:[^"\\]|\\.?)*+(?:"|\Z)', re.S)
+BACKSLASH = re.compile(  # one escape of JSON, unless LaTeX is likelier (\frac, \neq); or (group 1) a backslash to double
+    r'\\(?:["\\/]|[bfrt](?![a-zA-Z])|n(?!(?:abla|eq?|eg|i|mid|ot|otin|u|leq|geq)\b)|u[0-9a-fA-F]{4})|(\\)')
 
 
 def parse_operations(reply: str) -> list[dict] | None:
@@ -622,17 +589,18 @@ def parse_operations(reply: str) -> list[dict] | None:
     """
     text = final_text(reply)
     fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
-    for block in fenced[::-1] + [text[text.rfind("[{"):], text]:
+    for block in fenced[::-1] + [re.split(r"\[(?=\s*\{)", text)[-1], text]:
         strings = []  # take the strings out, so that what is removed below is never inside one
-        keep = lambda m: strings.append(LATEX_ESCAPE.sub(r"\\\g<0>", m[0])) or f'"{len(strings) - 1}"'
+        keep = lambda m: strings.append(m[0]) or f'"{len(strings) - 1}"'
         bare = JSON_STRING.sub(keep, block)
-        bare = re.sub(r"//[^\n]*|#[^\n]*|/\*.*?\*/", "", bare, flags=re.S)
+        bare = re.sub(r"//[^\n]*|#[^\n]*", "", bare)
         bare = re.sub(r",(?=\s*[}\]])", "", bare)
-        found, empty = [], re.search(r"\[\s*\]\W*$", bare)
+        found, empty = [], re.search(r"(?<!= )\[\s*\]$", bare.rstrip("`*. \n"))
         for item in re.findall(r"\{[^{}]*\}", bare):
             try:
-                found.append(json.loads(re.sub(r'"(\d+)"', lambda m: strings[int(m[1])], item), strict=False))
-            except (ValueError, IndexError):
+                item = re.sub(r'"(\d+)"', lambda m: BACKSLASH.sub(r"\g<0>\1", strings[int(m[1])]), item)
+                found.append(json.loads(item, strict=False))
+            except (ValueError, RecursionError):
                 continue
         operations = [op for op in found if "operation" in op]
         if operations or empty:
@@ -651,7 +619,7 @@ def leaks(principle: str, problems: list[Problem]) -> bool:
             return True
         for answer in ("".join(a.split()) for a in problem.answers):
             if re.fullmatch(r"-?\d[\d,.]*", answer):
-                if len(answer) >= 3 and re.search(rf"(?<![\d.]){re.escape(answer)}(?![\d]|\.\d)", principle):
+                if sum(map(str.isdigit, answer)) >= 3 and re.search(rf"(?<![\d.]){re.escape(answer)}(?![\d]|\.\d)", principle):
                     return True
             elif len(answer) >= 6 and answer in "".join(principle.split()):
                 return True
@@ -672,8 +640,8 @@ def valid_operation(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem
     if kind == "remove":
         return ""
     text = op.get("principle")
-    if not isinstance(text, str) or not text.strip():
-        return "no text"
+    if not isinstance(text, str) or not text.strip() or not " ".join(text.split()).isprintable():
+        return "no text"  # or one that no tokenizer takes: half a surrogate pair
     if len(text.split()) > config.max_principle_words or len(text) > 12 * config.max_principle_words:
         return "too long"
     if not config.allow_leaks and leaks(text, problems):
@@ -694,10 +662,10 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
     for n, op in enumerate(ops):
         if not check_operations([op], kinds, result, problems, config, dropped):  # ids as earlier operations left them
             continue
-        text = " ".join(op.get("principle", "").split())
+        text = " ".join(str(op.get("principle")).split())
         match op["operation"]:
             case "add":
-                result[f"new {n}"] = text
+                result[n] = text  # not a string: no later operation can name it
             case "modify":
                 result[op["modified_from"]] = text
             case "remove":
@@ -706,7 +674,7 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
                 first, *rest = dict.fromkeys(op["merged_from"])
                 result = {i: text if i == first else t for i, t in result.items() if i not in rest}
     unique = list({text.casefold(): text for text in result.values()}.values())
-    dropped.update({"too many principles": max(0, len(unique) - config.max_principles)})
+    dropped.update({"duplicate": len(result) - len(unique), "too many principles": max(0, len(unique) - config.max_principles)})
     return unique[: config.max_principles]
 
 
@@ -878,7 +846,7 @@ class ModelConfig:
     attention_scale: float = 1.0
     attention_cap: float = 0.0       # tanh soft cap on attention scores; 0 = none
     logit_cap: float = 0.0           # tanh soft cap on the final logits; 0 = none
-    dtype: str = "float32"           # activations and frozen weights; trained weights are always float32
+    dtype: str = "float32"           # of activations and frozen weights; norms and trained weights stay float32
     lora_rank: int = 0               # 0 = no adapter, every weight is trained
     lora_alpha: float = 32.0
 
@@ -903,13 +871,16 @@ def read_model_config(directory: str, dtype: str = "float32", lora_rank: int = 0
     """ModelConfig of a directory in Hugging Face layout. Raises UserError for a model this file does not implement."""
     from transformers import AutoConfig
     try:
-        hf = AutoConfig.from_pretrained(directory).get_text_config()
+        whole = AutoConfig.from_pretrained(directory)
     except Exception as e:
         raise UserError(f"cannot read config.json of {directory}: {first_line(e)}") from e
+    hf = whole.get_text_config()
     if hf.model_type not in FAMILIES:
         raise UserError(f"model_type {hf.model_type!r} is not supported; choose a --model of {', '.join(FAMILIES)}")
-    if getattr(hf, "quantization_config", None):
+    if any(getattr(c, "quantization_config", None) for c in (whole, hf)):
         raise UserError("quantized checkpoints are not supported; use the bf16 or fp32 weights of this model")
+    if getattr(hf, "use_bidirectional_attention", False):
+        raise UserError("bidirectional attention (an embedding model's) is not supported; use another --model")
     gemma = hf.model_type.startswith("gemma")
     H = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     activation = getattr(hf, "hidden_activation", None) or getattr(hf, "hidden_act", None)
@@ -918,9 +889,9 @@ def read_model_config(directory: str, dtype: str = "float32", lora_rank: int = 0
     types = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     rope = hf.rope_parameters if "full_attention" in hf.rope_parameters else {t: hf.rope_parameters for t in types}
     kinds = sorted(set(types))
-    attention_bias = hf.model_type == "qwen2" or getattr(hf, "attention_bias", False)
-    biased = {"q_proj", "k_proj", "v_proj"} if attention_bias else set()
-    biased |= {"o_proj"} if attention_bias and hf.model_type != "qwen2" else set()
+    biased = {"q_proj", "k_proj", "v_proj"} if hf.model_type == "qwen2" else set()
+    if getattr(hf, "attention_bias", False) and hf.model_type != "qwen2":
+        biased = {"q_proj", "k_proj", "v_proj", "o_proj"}
     biased |= {"gate_proj", "up_proj", "down_proj"} if getattr(hf, "mlp_bias", False) else set()
     return ModelConfig(
         num_layers=hf.num_hidden_layers, model_dim=hf.hidden_size, mlp_dim=hf.intermediate_size,
@@ -1130,7 +1101,7 @@ def open_checkpoint(directory: str) -> dict[str, Any]:
 
 
 def tensor_names(path: str, cfg: ModelConfig) -> list[str]:
-    """Names in the checkpoint of the tensors (one a layer) that make up our weight at `path`; the adapter has none."""
+    """Names in the checkpoint of the tensors (one a layer) that make up our weight at `path`."""
     if not path.startswith("layers/"):
         return [{"embed": "embed_tokens.weight", "lm_head": "lm_head.weight", "final_norm/scale": "norm.weight"}[path]]
     _, module, leaf = path.split("/")
@@ -1139,23 +1110,18 @@ def tensor_names(path: str, cfg: ModelConfig) -> list[str]:
              "mlp_post_norm": "post_feedforward_layernorm"}
     group = "" if module in norms else "mlp." if module in ("gate_proj", "up_proj", "down_proj") else "self_attn."
     suffix = "bias" if leaf == "bias" else "weight"
-    return [] if "lora" in leaf else [
-        f"layers.{i}.{group}{norms.get(module, module)}.{suffix}" for i in range(cfg.num_layers)]
+    return [f"layers.{i}.{group}{norms.get(module, module)}.{suffix}" for i in range(cfg.num_layers)]
 
 
-def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh, seed: int):
+def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh):
     """One weight as a sharded array; each process reads only the slices that its devices hold."""
     sharding, names = weight_sharding(path, leaf.shape, mesh), tensor_names(path, cfg)
-    if not names:  # the adapter: A uniform, B zero, so that it starts as the identity
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-        bound = leaf.shape[-2]**-0.5 if path.endswith("lora_a") else 0.0
-        return jax.device_put(jax.random.uniform(key, leaf.shape, minval=-bound, maxval=bound), sharding)
     transposed, stacked = path.endswith("kernel"), path.startswith("layers/")  # torch keeps [out, in]
     expected = leaf.shape[stacked:][::-1] if transposed else leaf.shape[stacked:]
     for name in names:
-        found = tuple(tensors[name].get_shape()) if name in tensors else None
+        found = tuple(tensors[name].get_shape()) if name in tensors else "missing"
         if found != expected:
-            raise UserError(f"tensor {name!r} of the checkpoint has shape {found}, config.json implies {expected}; "
+            raise UserError(f"tensor {name!r} of the checkpoint is {found}, config.json implies {expected}; "
                             "are config.json and all its safetensors files there?")
 
     def read(index):  # index: for every axis of the stacked weight, the slice that one device holds
@@ -1192,14 +1158,21 @@ def make_policy(model: Transformer, mesh) -> Policy:
 def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy:
     """The checkpoint's weights on the mesh, with a fresh adapter. Errors (UserError) name the tensor."""
     tensors = open_checkpoint(directory)
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(seed))))
+    make = lambda: nnx.split(Transformer(cfg, nnx.Rngs(seed)), nnx.LoRAParam, ...)
+    graphdef, adapter, shapes = jax.eval_shape(make)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     named = [(path_name(path), leaf) for path, leaf in leaves]
-    used = {name for path, _ in named for name in tensor_names(path, cfg)} | {"lm_head.weight"}
-    if unused := set(tensors) - used:
+    unused = set(tensors) - {name for path, _ in named for name in tensor_names(path, cfg)}
+    if cfg.tied and "lm_head.weight" in unused:  # some checkpoints hold the tied table twice
+        if not np.array_equal(tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
+            raise UserError("lm_head.weight differs from embed_tokens.weight; set tie_word_embeddings: false in config.json")
+        unused.remove("lm_head.weight")
+    if unused:
         raise UserError(f"tensor {min(unused)!r} of the checkpoint has no place in the model; is config.json its own?")
-    weights = [load_weight(*item, tensors, cfg, mesh, seed) for item in progress(named, desc="loading weights")]
-    return make_policy(nnx.merge(graphdef, jax.tree_util.tree_unflatten(treedef, weights)), mesh)
+    weights = [load_weight(*item, tensors, cfg, mesh) for item in progress(named, desc="loading weights")]
+    layout = jax.tree_util.tree_map_with_path(lambda p, x: weight_sharding(path_name(p), x.shape, mesh), adapter)
+    adapter = jax.jit(lambda: make()[1], out_shardings=layout)()  # only the adapter's part of the random model is computed
+    return make_policy(nnx.merge(graphdef, adapter, jax.tree_util.tree_unflatten(treedef, weights)), mesh)
 
 
 # ======================================================================================================================
@@ -1612,8 +1585,13 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
                              SamplingParams(c.temperature, c.top_p, c.max_new_tokens),
                              run.seed(f"{split}/{iteration}"), f"sampling {split}")
     texts = [[run.chat.text(r.tokens) for r in group] for group in responses]
+    answers = [(x, t) for (_, x, _), group in zip(pairs, texts) for t in group]
     with timed(run, "grade"):
-        grades = iter(run.task.grade([(x, t) for (_, x, _), group in zip(pairs, texts) for t in group]))
+        try:
+            grades = iter(run.task.grade(answers))
+        except Exception as e:  # a failure of the grader never ends a run
+            warn(f"grading failed, counted as reward 0: {first_line(e)}")
+            grades = iter([(0.0, "error")] * len(answers))
     groups = []
     for (s, x, _), ids, group, text in zip(pairs, prompts, responses, texts):
         graded = [next(grades) for _ in group]
@@ -1722,25 +1700,25 @@ def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) ->
 
 def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
     """Bring `run` back to its latest checkpoint and cut its logs there; returns the iteration."""
-    iteration = manager.latest_step()
-    if iteration is None:
-        raise UserError(f"{run.directory} has no checkpoint; start the run again without --resume")
+    if (iteration := manager.latest_step()) is None:  # killed before the first one
+        return cut_logs(run, -1)
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"theta": run.policy.theta, "opt_state": run.opt_state})
     state = manager.restore(iteration, args=ocp.args.Composite(
         weights=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore()))
     run.policy.theta, run.opt_state = state["weights"]["theta"], state["weights"]["opt_state"]
     run.population.prompts = [SystemPrompt(**s) for s in state["loop"]["prompts"]]
     run.evaluations = state["loop"]["evaluations"]
-    for name in ("metrics.jsonl", "rollouts.jsonl", "reflections.jsonl"):
-        path = run.directory / name
-        if path.is_file():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:  # the line that was being written when the run was killed may be incomplete
-                    kept += [line] if json.loads(line)["iteration"] <= iteration else []
-                except ValueError:
-                    continue
-            write_whole(path, "".join(line + "\n" for line in kept))
+    return cut_logs(run, iteration)
+
+
+def cut_logs(run: Run, iteration: int) -> int:
+    """Drop what was logged after this iteration, which is about to be done again; returns the iteration."""
+    for path in run.directory.glob("*.jsonl"):
+        kept = []
+        for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: U+2028 ends no record
+            with contextlib.suppress(ValueError):  # the line that was being written may be incomplete
+                kept += [line + "\n"] if json.loads(line)["iteration"] <= iteration else []
+        write_whole(path, "".join(kept))
     return iteration
 
 
@@ -1918,9 +1896,12 @@ def find_model(name: str) -> str:
 def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
     """End-of-sequence ids of generation_config.json, config.json and the tokenizer (each one id or a list)."""
     found = [tokenizer.eos_token_id]
-    for file in ("generation_config.json", "config.json"):
-        if (path := Path(directory) / file).is_file():
-            eos = json.loads(path.read_text()).get("eos_token_id")
+    for path in (Path(directory) / "generation_config.json", Path(directory) / "config.json"):
+        if path.is_file():
+            try:
+                eos = json.loads(path.read_text()).get("eos_token_id")
+            except ValueError as e:
+                raise UserError(f"{path} is not JSON ({first_line(e)}); download it again") from e
             found += eos if isinstance(eos, list) else [eos]
     if not (ids := tuple(sorted({i for i in found if i is not None and i < vocab_size}))):
         raise UserError(f"{directory} names no end-of-sequence token; set eos_token_id in its generation_config.json")
@@ -1985,13 +1966,13 @@ def start_run(config: Config) -> Run:
     config.run_dir = config.run_dir or f"runs/{task.name}-{config.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(config.run_dir)
     if not config.resume:
-        if directory.exists() and any(directory.iterdir()):
-            raise UserError(f"--run-dir {directory} is not empty; choose another or continue it with --resume")
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            if any(directory.iterdir()):
+                raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
+            write_whole(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         except OSError as e:
-            raise UserError(f"cannot make --run-dir {directory}: {first_line(e)}") from e
-        write_whole(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+            raise UserError(f"cannot write --run-dir {directory}: {first_line(e)}") from e
     population = Population([SystemPrompt(0, task.root)], config.max_pool_size)
     return Run(config, task, chat, engine, population, optimizer, optimizer.init(engine.policy.theta), directory)
 
@@ -2032,26 +2013,24 @@ def finish_iteration(run: Run, m: dict, last: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    run = None
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         if config.compile_cache:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
         run = start_run(config)
-    except UserError as e:
-        print(f"espl: error: {e}", file=sys.stderr)
-        return 2
-    task, cfg = run.task, run.policy.cfg
-    trained = f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all weights"
-    print(f"{config.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
-          f"problems\n{config.model} ({cfg.dtype}, {trained}) on {len(jax.devices())} {jax.default_backend()} device(s), "
-          f"{run.engine.slots} slots\nwriting {run.directory}")
-    try:
+        task, cfg = run.task, run.policy.cfg
+        trained = f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all weights"
+        print(f"{config.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
+              f"problems\n{config.model} ({cfg.dtype}, {trained}) on {len(jax.devices())} {jax.default_backend()} device(s), "
+              f"{run.engine.slots} slots\nwriting {run.directory}")
         result = train(run)
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nespl: interrupted; continue with: python espl.py --resume {run.directory}", file=sys.stderr)
+        again = f"; continue with: python espl.py --resume {run.directory}" if run else ""
+        print(f"\nespl: interrupted{again}", file=sys.stderr)
         return 130
     s = tested_prompt(run)
     print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
