@@ -123,7 +123,7 @@ class Config:
     num_rollouts: int = flag(5, "Algorithm 1", "rollouts of each prompt on each problem", "N", low=1)
     num_prompts: int = flag(3, "Algorithm 1", "system prompts in a batch", "M", low=1)
     epochs: int = flag(10, "Algorithm 1", "passes over the training problems", low=1)
-    iterations: int = flag(0, "Algorithm 1", "stop after this many iterations (0: as the epochs say)", low=0)
+    iterations: int = flag(0, "Algorithm 1", "iterations in all, instead of --epochs (0: as the epochs say)", low=0)
     seed: int = flag(0, "Algorithm 1", "decides the whole run", low=0, high=2**31 - 1)
 
     learning_rate: float = flag(4e-5, "RL update", "Adam's, betas (0.9, 0.95), eps 1e-8", "alpha", low=0)
@@ -191,7 +191,8 @@ def parse_args(argv: list[str]) -> Config:
         m, kind = f.metadata, type(f.default)
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
             type=kind, choices=m["choices"], metavar=None if m["choices"] else kind.__name__.upper())
-        symbol, default = f"[{m['symbol']}] " if m["symbol"] else "", "" if f.default == "" else f" (default: {f.default})"
+        symbol = f"[{m['symbol']}] " if m["symbol"] else ""
+        default = f" (default: {f.default})" if f.default != "" else ""
         groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), help=symbol + m["text"] + default, **how)
     try:
         given, unknown = parser.parse_known_args(argv)
@@ -205,7 +206,8 @@ def parse_args(argv: list[str]) -> Config:
         path = Path(given["resume"]) / "config.json"
         try:
             saved = json.loads(path.read_text()) | {"run_dir": given["resume"]}
-        except (OSError, ValueError) as e:
+            Config(**saved)
+        except (OSError, ValueError, TypeError) as e:  # TypeError: it is the config.json of something else
             raise UserError(f"cannot read {path} ({first_line(e)}); --resume takes an earlier run's directory") from e
         if fixed := [n for n in given if n not in RESUMABLE + ("resume",) and given[n] != saved.get(n)]:
             raise UserError(f"--{fixed[0].replace('_', '-')} cannot change when resuming; start a new run")
@@ -297,12 +299,12 @@ def to_problem(record: Any, where: str) -> Problem:
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object; write {{\"problem\": …, \"answer\": …}} on each line")
     match record:
-        case {"prompt": [{"content": str(text)}, *_], "reward_model": {"ground_truth": answer}}:  # DAPO-Math-17k, whose
-            record = {"problem": "\n\n".join(text.split("\n\n")[1:-1]), "answer": answer}  # first and last part instruct
+        case {"prompt": [{"content": str(text)}, *_], "reward_model": {"ground_truth": answer}}:  # DAPO-Math-17k: its
+            record = {"problem": "\n\n".join(text.split("\n\n")[1:-1]), "answer": answer}  # first and last part go
     question = record.get("problem") or record.get("question")
     answers = next((record[k] for k in ("answer", "groundtruth", "golden_answers") if record.get(k) is not None), None)
     answers = answers if isinstance(answers, list) else [answers]
-    answers = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # 142.0 in aimo-validation-amc
+    answers = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # 142.0 in the AMC set
     answers = tuple(str(a).strip() for a in answers if isinstance(a, (str, int, float)) and str(a).strip())
     if not isinstance(question, str) or not question.strip() or not answers:
         raise UserError(f"{where}: needs a text problem|question and an answer|groundtruth|golden_answers")
@@ -396,10 +398,10 @@ class Chat:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-# sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often inside one C call which no exception interrupts. So a
-# process of its own forks one child for each answer, and the kernel enforces both limits on that child: SIGALRM keeps
-# its default action, which ends it whatever it is doing. As every child starts from the same state, no answer can spoil
-# the verdict on the next. math-verify's own timeouts, made of signals too, stay off.
+# sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often inside one C call which no exception interrupts.
+# So a process of its own forks one child for each answer, and the kernel enforces both limits on that child: SIGALRM
+# keeps its default action, which ends it whatever it is doing. As every child starts from the same state, no answer can
+# spoil the verdict on the next. math-verify's own timeouts, made of signals too, stay off.
 GRADE_SECONDS, GRADE_BYTES, LONGEST_ANSWER = 5, 400 * 2**20, 1_000  # of time, memory and characters, for each answer
 MATH_VERIFY = r"""
 import json, os, resource, signal, sys
@@ -463,7 +465,7 @@ def ask_math_verify(pairs: list[tuple[list[str], str]]) -> list[str]:
     except (OSError, subprocess.TimeoutExpired) as e:
         verdicts, reason = [], first_line(e)
     if len(verdicts) < len(pairs):
-        warn(f"{len(pairs) - len(verdicts)} answers not graded, math-verify failed ({reason}); try pip install math-verify")
+        warn(f"{len(pairs) - len(verdicts)} answers not graded ({reason}); try pip install math-verify")
     return verdicts + ["error"] * (len(pairs) - len(verdicts))
 
 
@@ -476,7 +478,7 @@ def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
     for problem, text in pairs:
         answer = (last_boxed(final_text(text)) or "").strip()
         number = plain_integer(answer)
-        golds = [g for g in problem.answers if number is None or plain_integer(g) is None]  # unequal integers are settled
+        golds = [g for g in problem.answers if number is None or plain_integer(g) is None]  # else settled by integers
         if not answer:
             outcomes.append("no_answer")
         elif any(answer == g or number is not None and number == plain_integer(g) for g in problem.answers):
@@ -566,7 +568,7 @@ def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: 
         ranks[worse] = ranks[better] + (values[better] - values[worse] > 0.01 + 1e-9)
     if len(prompts) > 1:
         env = trueskill.TrueSkill(mu=25.0, sigma=25.0 / 3, beta=25.0 / 6, tau=25.0 / 300, draw_probability=0.10)
-        # In order of rank, then id, whatever order the prompts came in: floating point gives the same ratings.
+        order.sort(key=lambda i: (ranks[i], prompts[i].id))  # rounding must not depend on the order they came in
         teams = [(env.create_rating(prompts[i].mu, prompts[i].sigma),) for i in order]
         for i, (r,) in zip(order, env.rate(teams, [ranks[i] for i in order])):
             prompts[i].mu, prompts[i].sigma = r.mu, r.sigma
@@ -576,8 +578,9 @@ def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: 
 
 # ---- Operations: what a reflection may do to a list of principles ----
 
+CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # would leave the system turn when tokenised
 JSON_STRING = re.compile(r'"(?:[^"\\]|\\.?)*+(?:"|\Z)', re.S)
-BACKSLASH = re.compile(  # one escape of JSON, unless LaTeX is likelier (\frac, \neq); or (group 1) a backslash to double
+BACKSLASH = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq), or (group 1) one to be doubled
     r'\\(?:["\\/]|[bfrt](?![a-zA-Z])|n(?!(?:abla|eq?|eg|i|mid|ot|otin|u|leq|geq)\b)|u[0-9a-fA-F]{4})|(\\)')
 
 
@@ -611,56 +614,56 @@ def parse_operations(reply: str) -> list[dict] | None:
 def leaks(principle: str, problems: list[Problem]) -> bool:
     """True if a principle gives away one of these problems: twelve words of it in a row, or an answer that is a number
     of three digits or more or another text of six characters or more."""
-    words = re.findall(r"\w+", principle.lower())
-    runs = {tuple(words[i: i + 12]) for i in range(len(words) - 11)}
+    words = lambda text: re.findall(r"\w+", text.lower())
+    said = f" {' '.join(words(principle))} "
     for problem in problems:
-        text = re.findall(r"\w+", problem.question.lower())
-        if any(tuple(text[i: i + 12]) in runs for i in range(len(text) - 11)):
+        text = words(problem.question)  # of a shorter one all of it, unless that is five words or fewer
+        if any(f" {' '.join(text[i: i + 12])} " in said for i in range(max(len(text) - 11, len(text) > 5))):
             return True
         for answer in ("".join(a.split()) for a in problem.answers):
             if re.fullmatch(r"-?\d[\d,.]*", answer):
-                if sum(map(str.isdigit, answer)) >= 3 and re.search(rf"(?<![\d.]){re.escape(answer)}(?![\d]|\.\d)", principle):
+                number = rf"(?<![\d.]){re.escape(answer)}(?!\d|\.\d)"
+                if sum(map(str.isdigit, answer)) >= 3 and re.search(number, principle):
                     return True
             elif len(answer) >= 6 and answer in "".join(principle.split()):
                 return True
     return False
 
 
-def valid_operation(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], config: Config) -> str:
+def fault(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], config: Config) -> str:
     """Why this operation must be dropped; "" if it may be applied to principles with these ids."""
     if not isinstance(op, dict) or op.get("operation") not in kinds:
         return "unknown operation"
-    kind = op["operation"]
     named = {"add": [], "modify": [op.get("modified_from")], "merge": op.get("merged_from"),
-             "remove": [op.get("remove_id")]}[kind]
+             "remove": [op.get("remove_id")]}[op["operation"]]
     if not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named):
         return "unknown id"
-    if kind == "merge" and len(set(named)) < 2:
+    if op["operation"] == "merge" and len(set(named)) < 2:
         return "merge of fewer than two"
-    if kind == "remove":
+    if op["operation"] == "remove":
         return ""
     text = op.get("principle")
     if not isinstance(text, str) or not text.strip() or not " ".join(text.split()).isprintable():
         return "no text"  # or one that no tokenizer takes: half a surrogate pair
+    if CONTROL.search(text):
+        return "control token"
     if len(text.split()) > config.max_principle_words or len(text) > 12 * config.max_principle_words:
         return "too long"
-    if not config.allow_leaks and leaks(text, problems):
-        return "leaks a problem"
-    return ""
+    return "leaks a problem" if not config.allow_leaks and leaks(text, problems) else ""
 
 
-def check_operations(ops: list, kinds, ids, problems, config: Config, dropped: Counter) -> list[dict]:
-    """The valid ones among ops; each of the others is dropped alone and counted by reason."""
-    reasons = [valid_operation(op, kinds, ids, problems, config) for op in ops]
-    dropped.update(r for r in reasons if r)
-    return [op for op, reason in zip(ops, reasons) if not reason]
+def valid(ops: list, kinds, ids, problems, config: Config, dropped: Counter) -> list[dict]:
+    """The valid ones among ops; each of the others is dropped alone and counted by its fault."""
+    faults = [fault(op, kinds, ids, problems, config) for op in ops]
+    dropped.update(filter(None, faults))
+    return [op for op, why in zip(ops, faults) if not why]
 
 
 def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problems, config: Config, dropped: Counter):
     """git.apply(s, diff): the principles after the valid operations, in order, as a list (renumbered G0, G1, …)."""
     result = dict(principles)
     for n, op in enumerate(ops):
-        if not check_operations([op], kinds, result, problems, config, dropped):  # ids as earlier operations left them
+        if not valid([op], kinds, result, problems, config, dropped):  # ids as earlier operations left them
             continue
         text = " ".join(str(op.get("principle")).split())
         match op["operation"]:
@@ -674,13 +677,14 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
                 first, *rest = dict.fromkeys(op["merged_from"])
                 result = {i: text if i == first else t for i, t in result.items() if i not in rest}
     unique = list({text.casefold(): text for text in result.values()}.values())
-    dropped.update({"duplicate": len(result) - len(unique), "too many principles": max(0, len(unique) - config.max_principles)})
-    return unique[: config.max_principles]
+    kept = unique[: config.max_principles]
+    dropped.update({"duplicate": len(result) - len(unique), "too many principles": len(unique) - len(kept)})
+    return kept
 
 
 # ---- Reflection: mutation and crossover ----
-# ask(request, [slots, …]) -> [reply, …] samples the reflection model on a batch of requests from prompts_seed.txt, filled
-# in (reply "" when a request could not be answered). `log` is the iteration's record: what was dropped and why.
+# ask(request, [slots, …]) -> [reply, …] samples the reflection model on a batch of filled-in requests from
+# prompts_seed.txt ("" when one could not be answered). `log` is the iteration's record: what was dropped and why.
 
 
 def numbered(principles: list[str], prefix: str = "") -> dict[str, str]:
@@ -733,8 +737,9 @@ def mutate(parent: SystemPrompt, attempts: list[Group], ask, task: Task, config:
         return None
     current, problems = numbered(parent.principles), [a.problem for a in chosen]
     # App. Trajectory Summarization: one request a rollout, given its grade and the truth
-    summaries = iter(ask("summarize", [
-        dict(problem=a.problem.question, principles=listing(current), response=text, grade=grade, answer=a.problem.answer)
+    summaries = iter(ask("summarize", [  # in the order in which the critiques below take them
+        dict(problem=a.problem.question, answer=a.problem.answer, principles=listing(current),
+             response=text, grade=grade)
         for a in chosen for text, grade in zip(a.texts, a.graded)]))
     # App. Self-Critique and Local Edit Proposal: one request a problem, at most K_ops operations each
     critiques = ask_operations(ask, task, "critique", [
@@ -744,9 +749,9 @@ def mutate(parent: SystemPrompt, attempts: list[Group], ask, task: Task, config:
         for a in chosen], log)
     proposals = []
     for ops in critiques:
-        valid = check_operations(ops or [], ("add", "modify"), current, problems, config, log["dropped"])
-        log["dropped"].update({"beyond K_ops": max(0, len(valid) - config.max_operations)})
-        proposals += valid[: config.max_operations]
+        good = valid(ops or [], ("add", "modify"), current, problems, config, log["dropped"])
+        log["dropped"].update({"beyond K_ops": max(0, len(good) - config.max_operations)})
+        proposals += good[: config.max_operations]
     if not proposals:
         log["mutation"] = "none: no valid proposal"
         return None
@@ -764,7 +769,7 @@ def mutate(parent: SystemPrompt, attempts: list[Group], ask, task: Task, config:
 
 def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
     """{prompt: problems it strictly won}, the best prompt first; {} if it, or all others, won none (Alg. 2, Phi)."""
-    wins = {i: [] for i in [best] + [i for i in range(len(values_MB)) if i != best]}
+    wins = {best: []} | {i: [] for i in range(len(values_MB))}
     for b, column in enumerate(values_MB.T):
         *_, second, first = np.argsort(column, kind="stable")
         if column[first] - column[second] >= 0.01 - 1e-9:
@@ -784,8 +789,8 @@ def crossover(prompts: list[SystemPrompt], attempts_MB: list[list[Group]], best:
     problems = [a.problem for a in attempts_MB[0]]
     letters = dict(zip(wins, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
     sets = [f"Set {x}:\n{listing(numbered(prompts[i].principles, x + '.'))}" for i, x in letters.items()]
-    won = [f"Problems that set {x} did best on:\n\n" + "\n\n".join(f"Problem {b}: {problems[b].question}" for b in wins[i])
-           for i, x in letters.items()]
+    cited = {i: [f"Problem {b}: {problems[b].question}" for b in wins[i]] for i in wins}
+    won = ["\n\n".join([f"Problems that set {x} did best on:", *cited[i]]) for i, x in letters.items()]
     [ops] = ask_operations(ask, task, "crossover", [dict(sets="\n\n".join(sets), wins="\n\n".join(won))], log)
     if ops is None:
         log["crossover"] = "none: the reply did not parse"
@@ -1165,13 +1170,13 @@ def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy
     unused = set(tensors) - {name for path, _ in named for name in tensor_names(path, cfg)}
     if cfg.tied and "lm_head.weight" in unused:  # some checkpoints hold the tied table twice
         if not np.array_equal(tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
-            raise UserError("lm_head.weight differs from embed_tokens.weight; set tie_word_embeddings: false in config.json")
+            raise UserError("lm_head.weight is not embed_tokens.weight; set tie_word_embeddings: false in config.json")
         unused.remove("lm_head.weight")
     if unused:
         raise UserError(f"tensor {min(unused)!r} of the checkpoint has no place in the model; is config.json its own?")
     weights = [load_weight(*item, tensors, cfg, mesh) for item in progress(named, desc="loading weights")]
     layout = jax.tree_util.tree_map_with_path(lambda p, x: weight_sharding(path_name(p), x.shape, mesh), adapter)
-    adapter = jax.jit(lambda: make()[1], out_shardings=layout)()  # only the adapter's part of the random model is computed
+    adapter = jax.jit(lambda: make()[1], out_shardings=layout)()  # of the random model, only the adapter is computed
     return make_policy(nnx.merge(graphdef, adapter, jax.tree_util.tree_unflatten(treedef, weights)), mesh)
 
 
@@ -1230,14 +1235,14 @@ def nucleus(logits_SV, top_p):
     return jnp.where(bits >= low[:, None], logits_SV, -jnp.inf)
 
 
-def sample_token(key_S, logits_SV, sampling: SamplingParams):
+def sample_token(key_S, logits_SV, temperature: float, top_p: float):
     """One token for each row and its log-probability, both [S], from the tempered (and cut) distribution."""
-    if sampling.temperature == 0:
+    if temperature == 0:
         token = jnp.argmax(logits_SV, -1)
         logp = jax.nn.log_softmax(logits_SV)
     else:  # the policy IS the tempered distribution: the trainer divides by the same temperature
-        logits_SV = logits_SV / sampling.temperature
-        logp = jax.nn.log_softmax(nucleus(logits_SV, sampling.top_p) if sampling.top_p < 1 else logits_SV)
+        logits_SV = logits_SV / temperature
+        logp = jax.nn.log_softmax(nucleus(logits_SV, top_p) if top_p < 1 else logits_SV)
         token = jax.vmap(jax.random.categorical)(key_S, logp)
     return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], -1)[:, 0]
 
@@ -1268,28 +1273,29 @@ def grow(cache, length):
     return {n: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0), (0, 0))) for n, x in cache.items()}
 
 
-@partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="cache")
-def decode_chunk(graphdef, theta, frozen, cache, token_S, position_S, left_S, key_S, eos_E, sampling: SamplingParams):
+@partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="cache")
+def decode_chunk(graphdef, theta, frozen, cache, token_S, position_S, remaining_S, key_S, eos_E, temperature, top_p):
     """Up to DECODE_CHUNK steps for all slots; stops early when no row has tokens left.
 
-    token_S, position_S: the next token to feed and its position; left_S: how many tokens the row may still sample.
-    Returns (cache, token_S, position_S, left_S, sampled tokens [chunk, S] with -1 where a row was idle, log-probs).
+    token_S, position_S: the next token to feed and its position; remaining_S: how many the row may still sample.
+    Returns (cache, token_S, position_S, remaining_S, the sampled tokens [chunk, S], -1 where a row was idle, and their
+    log-probabilities).
     """
     model = nnx.merge(graphdef, theta, frozen)
 
     def step(carry):
-        i, cache, token, position, left, tokens, logprobs = carry
-        live = left > 0
+        i, cache, token, position, remaining, tokens, logprobs = carry
+        live = remaining > 0
         hidden, cache = model(token[:, None], jnp.where(live, position, PAD_POSITION)[:, None], cache)
         # A rollout's own key, folded with the position: its tokens do not depend on its slot or its neighbours.
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S), position)
-        token, logprob = sample_token(keys, model.logits(hidden[:, 0]), sampling)
+        token, logprob = sample_token(keys, model.logits(hidden[:, 0]), temperature, top_p)
         tokens, logprobs = tokens.at[i].set(jnp.where(live, token, -1)), logprobs.at[i].set(logprob)
-        left = jnp.where(live & ~jnp.isin(token, eos_E), left - 1, 0)
-        return i + 1, cache, token, position + live, left, tokens, logprobs
+        remaining = jnp.where(live & ~jnp.isin(token, eos_E), remaining - 1, 0)
+        return i + 1, cache, token, position + live, remaining, tokens, logprobs
 
     S = len(token_S)
-    start = (0, cache, token_S, position_S, left_S, jnp.full((DECODE_CHUNK, S), -1), jnp.zeros((DECODE_CHUNK, S)))
+    start = (0, cache, token_S, position_S, remaining_S, jnp.full((DECODE_CHUNK, S), -1), jnp.zeros((DECODE_CHUNK, S)))
     going = lambda carry: (carry[0] < DECODE_CHUNK) & jnp.any(carry[4] > 0)
     return jax.lax.while_loop(going, step, start)[1:]
 
@@ -1345,7 +1351,7 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
     keys = np.asarray(rollout_keys(np.array(seed, np.uint32), *np.array(queue, np.int32).T))
     data = policy.mesh.shape["data"]
     S = -(-min(engine.slots, len(queue)) // data) * data
-    token, position, left = np.zeros((3, S), np.int32)
+    token, position, remaining = np.zeros((3, S), np.int32)
     key_S, owner, prefixes, admitted = np.zeros((S, keys.shape[1]), np.uint32), [None] * S, {}, 0
     length = bucket(max(len(prompts[g]) for g in asked) + DECODE_CHUNK)
     cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(cfg, S, length)
@@ -1359,21 +1365,22 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
             batch, row = prefixes[g]
             rows, slots = moves.setdefault(id(batch), (batch, [0] * S, [S] * S))[1:]
             rows[s], slots[s] = row, s
-            token[s], position[s], left[s], key_S[s] = prompts[g][-1], len(prompts[g]) - 1, room[g], keys[admitted]
+            token[s], position[s], remaining[s] = prompts[g][-1], len(prompts[g]) - 1, room[g]
+            key_S[s] = keys[admitted]
             admitted += 1
         for batch, rows, slots in moves.values():
             cache = fan_out(cache, batch, np.array(rows), np.array(slots))
         if (need := max(position[s] for s in range(S) if owner[s]) + DECODE_CHUNK) > length:
             length = bucket(need)
             cache = grow(cache, length)
-        cache, *state = decode_chunk(policy.graphdef, theta, policy.frozen, cache, token, position, left, key_S,
-                                     np.array(engine.eos_ids), sampling)
-        token, position, left, tokens, logprobs = (np.array(x) for x in state)
+        cache, *state = decode_chunk(policy.graphdef, theta, policy.frozen, cache, token, position, remaining, key_S,
+                                     np.array(engine.eos_ids), sampling.temperature, sampling.top_p)
+        token, position, remaining, tokens, logprobs = (np.array(x) for x in state)
         for s in [s for s in range(S) if owner[s]]:
             r, n = responses[owner[s][0]][owner[s][1]], int((tokens[:, s] >= 0).sum())
             r.tokens += tokens[:n, s].tolist()
             r.logprobs += logprobs[:n, s].tolist()
-            if left[s] == 0:
+            if remaining[s] == 0:
                 r.stop = "eos" if r.tokens[-1] in engine.eos_ids else "length"
                 owner[s] = None
                 bar.update()
@@ -1382,7 +1389,7 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
 
 
 # ======================================================================================================================
-# 7. RL update: J(theta) = 1/(N M B) sum_ibj A[i,b,j] sum_t w_t log pi_theta(y_t | s_i, x_b, y_<t) - beta KL(pi || pi_ref)
+# 7. RL update: J(theta) = 1/(N M B) sum_ibj A_ibj sum_t w_t log pi_theta(y_t | s_i, x_b, y_<t) - beta KL(pi, pi_ref)
 # ======================================================================================================================
 
 @dataclass(frozen=True)
@@ -1426,7 +1433,7 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
     Works through blocks of tokens and recomputes each in the backward pass: [B, T, V] never exists.
     """
     B, T, D = hidden_BTD.shape
-    size = min(B * T, max(16, 2**25 // model.cfg.vocab_size))  # <= 128 MiB of float32 logits at a time
+    size = min(B * T, max(16, 2**25 // model.cfg.vocab_size))  # 128 MiB of float32 logits at a time
     graphdef, weights = nnx.split(model)
 
     @jax.checkpoint
@@ -1437,6 +1444,8 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
     pad = -B * T % size
     hidden = jnp.pad(hidden_BTD.reshape(B * T, D), ((0, pad), (0, 0))).reshape(-1, size, D)
     target = jnp.pad(target_BT.reshape(B * T), (0, pad)).reshape(-1, size)
+    # The devices share the tokens of each block; sharing out the blocks would make each device compute all of them.
+    hidden, target = constrain(hidden, None, "data", None), constrain(target, None, "data")
     out = jax.lax.map(lambda x: block(weights, *x), (hidden, target))
     return tuple(x.reshape(-1)[: B * T].reshape(B, T) for x in out)
 
@@ -1464,17 +1473,17 @@ def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, ob
 
 @partial(jax.jit, static_argnames=("graphdef", "objective"), donate_argnames="gradient")
 def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective):
-    """Add a microbatch's gradient of -J to `gradient` (None: start from it); also its metrics."""
+    """Add a microbatch's gradient of -J to `gradient`; also its metrics."""
     new, metrics = jax.grad(loss_and_metrics, has_aux=True)(
         theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective)
-    return new if gradient is None else jax.tree.map(jnp.add, gradient, new), metrics
+    return jax.tree.map(jnp.add, gradient, new), metrics
 
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnames=("theta", "opt_state"))
 def adam_step(optimizer, theta, opt_state, gradient):
     """theta <- theta + alpha * Adam(grad J)   (Alg. 1, RL update)."""
     updates, opt_state = optimizer.update(gradient, opt_state, theta)
-    return optax.apply_updates(theta, updates), opt_state, optax.global_norm(gradient)
+    return optax.apply_updates(theta, updates), opt_state, optax.tree.norm(gradient)
 
 
 def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
@@ -1506,7 +1515,7 @@ def rl_update(policy: Policy, optimizer, opt_state, samples: list[Sample], num_r
     samples = [s for s in samples if s.tokens]
     if not samples:
         return opt_state, {"skipped": "no rollout with a learning signal"}
-    gradient, sums = None, []
+    gradient, sums = jax.tree.map(jnp.zeros_like, policy.theta), []
     batches = list(microbatches(samples, max_tokens, policy.mesh.shape["data"]))
     for batch in progress(batches, desc="updating"):
         batch = {n: jax.device_put(x, jax.sharding.NamedSharding(policy.mesh, P("data"))) for n, x in batch.items()}
@@ -1732,7 +1741,7 @@ def write_whole(path: Path, text: str) -> None:
 def draw_curves(run: Run) -> None:
     """curves.png: rewards and scores, TrueSkill mu of each prompt, response length, entropy."""
     from matplotlib.figure import Figure
-    lines = [json.loads(x) for x in (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(x) for x in open(run.directory / "metrics.jsonl", encoding="utf-8")]
     figure = Figure(figsize=(11, 7), layout="constrained")
     reward, rating, length, entropy = figure.subplots(2, 2).ravel()
 
@@ -1797,7 +1806,7 @@ def to_samples(run: Run, groups_MB: list[list[Group]]) -> list[Sample]:
 
 
 def evolve(run: Run, prompts: list[SystemPrompt], groups_MB: list[list[Group]], iteration: int, rng) -> dict:
-    """Mutation of the best prompt and, with p_crossover, crossover (Alg. 1, after the rating update). Returns the log."""
+    """Mutation of the best prompt and, with p_crossover, crossover (Alg. 1, from k <- argmax on). Returns the log."""
     c, population = run.config, run.population
     log = {"mutation": "none", "crossover": "none", "parse_failures": 0, "unanswered": 0, "dropped": Counter()}
     ask = make_ask(run, iteration, log)
@@ -1811,7 +1820,8 @@ def evolve(run: Run, prompts: list[SystemPrompt], groups_MB: list[list[Group]], 
         if c.mode != "reflection" and rng.random() < c.p_crossover:
             try:
                 made = crossover(prompts, groups_MB, k, ask, run.task, c, log)  # Alg. 2
-                add_child(population, made and made[0], made and made[1], "crossover", iteration, c, log)
+                if made:
+                    add_child(population, *made, "crossover", iteration, c, log)
             except Exception as e:
                 log["crossover"] = f"failed: {first_line(e)}"
     return log | {"dropped": dict(+log["dropped"])}
@@ -1889,8 +1899,8 @@ def find_model(name: str) -> str:
         from huggingface_hub import snapshot_download
         return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
     except Exception as e:
-        raise UserError(f"cannot get {name} from the Hugging Face hub ({first_line(e)}); check the name and the network, "
-                        "run 'hf auth login' if the model is gated, or give --model a local directory") from e
+        raise UserError(f"cannot get {name} from the Hugging Face hub ({first_line(e)}); check name and network, run "
+                        "'hf auth login' if the model is gated, or give --model a local directory") from e
 
 
 def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
@@ -1950,7 +1960,7 @@ def drop_long_problems(task: Task, chat: Chat, context: int) -> None:
         problems = getattr(task, split)
         kept = [x for x in problems if len(chat.ids(system, x.question)) < context]
         if len(kept) < len(problems):
-            warn(f"left out {len(problems) - len(kept)} of {len(problems)} {split} problems, too long for {context} tokens")
+            warn(f"left out {len(problems) - len(kept)} of {len(problems)} {split} problems: over {context} tokens")
         if problems and not kept and split != "val":
             raise UserError(f"no {split} problem fits into {context} tokens; raise --context or use another --model")
         setattr(task, split, kept)
@@ -1980,7 +1990,7 @@ def start_run(config: Config) -> Run:
 def train(run: Run) -> dict:
     """Algorithm 1's loop, with evaluation, logs and a checkpoint after every iteration; returns the summary."""
     c, per_epoch = run.config, max(1, len(run.task.train) // run.config.batch_size)
-    last = min(c.iterations or math.inf, c.epochs * per_epoch)
+    last = c.iterations or c.epochs * per_epoch
     with checkpoint_manager(run, "checkpoints", keep=2) as manager:
         done = restore_checkpoint(run, manager) if c.resume else -1
         for iteration in range(done + 1, last + 1):
@@ -2021,9 +2031,9 @@ def main(argv: list[str] | None = None) -> int:
         run = start_run(config)
         task, cfg = run.task, run.policy.cfg
         trained = f"LoRA rank {cfg.lora_rank}" if cfg.lora_rank else "all weights"
-        print(f"{config.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
-              f"problems\n{config.model} ({cfg.dtype}, {trained}) on {len(jax.devices())} {jax.default_backend()} device(s), "
-              f"{run.engine.slots} slots\nwriting {run.directory}")
+        print(f"{config.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} "
+              f"test problems\n{config.model} ({cfg.dtype}, {trained}) on {len(jax.devices())} {jax.default_backend()} "
+              f"device(s), {run.engine.slots} slots\nwriting {run.directory}")
         result = train(run)
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)

@@ -1,0 +1,2103 @@
+"""Tests of espl.py: `pytest test_espl.py`. Self-contained: models, problems and replies are made on the spot.
+
+What is compared with what: logits with transformers (torch), sampling with a loop without cache, gradients with finite
+differences of the written-out objective, ratings with the trueskill package, runs with interrupted and resumed ones.
+"""
+
+import os
+
+# Before jax starts: eight simulated devices; compile time, not speed, is what the tests spend.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter, defaultdict
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+import trueskill
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from scipy import stats
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import espl
+
+
+def make_mesh(data=1, model=1):
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=auto, devices=jax.devices()[: data * model])
+
+
+@pytest.fixture(scope="session")
+def torch():
+    torch = pytest.importorskip("torch", reason="transformers' models, the reference, need torch: pip install torch")
+    torch.set_num_threads(1)
+    return torch
+
+
+# ======================================================================================================================
+# 5. Model: the truth is transformers' own implementation, with random weights in checkpoints that it saved itself
+# ======================================================================================================================
+
+TOY = dict(vocab_size=131, hidden_size=36, intermediate_size=50, num_hidden_layers=3, num_attention_heads=6,
+           num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False)
+ROPE = dict(rope_theta=50.0, rope_type="default")
+LLAMA3 = dict(rope_theta=50.0, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+LLAMA3_32 = LLAMA3 | dict(factor=32.0)
+GEMMA = dict(head_dim=10, query_pre_attn_scalar=7, sliding_window=5, tie_word_embeddings=True)
+GEMMA2 = GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0, num_hidden_layers=4)
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+GEMMA3_ROPE = {LOCAL: dict(rope_theta=20.0, rope_type="default"),
+               GLOBAL: dict(rope_theta=90.0, rope_type="linear", factor=8.0)}
+GEMMA3 = GEMMA | dict(num_hidden_layers=6, rope_parameters=GEMMA3_ROPE)
+QWEN2_WINDOW = dict(use_sliding_window=True, sliding_window=6, max_window_layers=2)
+MODELS = {  # name: (model_type, settings, [changes which must show in the reference, else the case would test nothing])
+    "llama2": ("llama", dict(num_attention_heads=3, num_key_value_heads=3, rms_norm_eps=1e-3),
+               [dict(rms_norm_eps=1e-6), dict(rope_parameters=ROPE)]),
+    "llama3.1": ("llama", dict(head_dim=10, rope_parameters=LLAMA3),
+                 [dict(rope_parameters=LLAMA3_32), dict(rope_parameters=ROPE)]),
+    "llama3.2": ("llama", dict(rope_parameters=LLAMA3_32, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+                 [dict(rope_parameters=ROPE)]),
+    "gemma2": ("gemma2", GEMMA2,
+               [dict(attn_logit_softcapping=None), dict(final_logit_softcapping=None), dict(sliding_window=6),
+                dict(query_pre_attn_scalar=10), dict(layer_types=[GLOBAL, LOCAL] * 2)]),
+    "gemma3": ("gemma3_text", GEMMA3,
+               [dict(sliding_window=6), dict(query_pre_attn_scalar=10), dict(layer_types=[GLOBAL] + [LOCAL] * 5),
+                dict(rope_parameters=GEMMA3_ROPE | {GLOBAL: dict(rope_theta=90.0, rope_type="default")})]),
+    "gemma3-vision": ("gemma3", GEMMA3, []),
+    "qwen2.5": ("qwen2", dict(tie_word_embeddings=True), [dict(rope_parameters=ROPE)]),
+    "qwen2.5-window": ("qwen2", QWEN2_WINDOW, [dict(sliding_window=7), dict(max_window_layers=1)]),
+    "qwen3": ("qwen3", dict(head_dim=10), []),
+}
+T, PADDING = 20, [(0, 0), (1, 0), (0, 1), (7, 0), (0, 7), (4, 9), (19, 0), (0, 19)]  # (left, right) of each row
+TOKENS = np.random.default_rng(0).integers(3, 131, (len(PADDING), T))
+REAL = np.array([[left <= t < T - right for t in range(T)] for left, right in PADDING])
+POSITIONS = np.where(REAL, REAL.cumsum(1) - 1, espl.PAD_POSITION)
+
+
+def hf_config(model_type, **settings):
+    from transformers import AutoConfig
+    settings = copy.deepcopy(TOY | settings)  # transformers completes rope_parameters in place
+    if model_type == "gemma3":
+        vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28)
+        settings = dict(text_config=settings, vision_config=vision, mm_tokens_per_image=4)
+    return AutoConfig.for_model(model_type, **settings)
+
+
+@pytest.fixture(scope="session")
+def hf_model(torch, tmp_path_factory):
+    """hf_model(name) -> (directory, model, its logits); all weights random: norms not at 1, biases not at 0."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model_type, settings, _ = MODELS[name]
+            torch.manual_seed(0)
+            auto = AutoModelForImageTextToText if model_type == "gemma3" else AutoModelForCausalLM
+            model = auto.from_config(hf_config(model_type, **settings), attn_implementation="eager").eval()
+            with torch.no_grad():
+                for key, p in model.named_parameters():
+                    gain = 2.0 if re.search("[qk]_proj", key) else 1.0  # scores of several units, so that the cap bites
+                    p.mul_(0.5).add_(torch.randn_like(p) * (p.shape[1]**-0.5 * gain if p.ndim == 2 else 0.3))
+            model.save_pretrained(directory := tmp_path_factory.mktemp(name))
+            made[name] = directory, model, reference(torch, model)
+        return made[name]
+
+    return make
+
+
+def reference(torch, model, tokens=TOKENS, real=REAL):
+    """transformers' logits [real tokens, V], each row alone and without padding."""
+    with torch.no_grad():
+        return np.concatenate([model(torch.tensor(t[r])[None]).logits[0].float().numpy() for t, r in zip(tokens, real)])
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def forward(graphdef, theta, frozen, tokens, positions, cache=None):
+    model = nnx.merge(graphdef, theta, frozen)
+    hidden, cache = model(tokens, positions, cache)
+    return model.logits(hidden), cache
+
+
+def load(directory, mesh=None, **config):
+    return espl.load_policy(directory, espl.read_model_config(directory, **config), mesh or make_mesh())
+
+
+def logits(policy, theta=None, tokens=TOKENS, positions=POSITIONS, cache_length=0):
+    """Logits [real tokens, V]."""
+    with jax.set_mesh(policy.mesh):
+        cache = espl.new_cache(policy.cfg, len(tokens), cache_length) if cache_length else None
+        theta = policy.theta if theta is None else theta
+        out, _ = forward(policy.graphdef, theta, policy.frozen, tokens, positions, cache)
+    return np.asarray(out)[positions != espl.PAD_POSITION]
+
+
+def assert_close(actual, expected, tolerance):
+    assert actual.shape == expected.shape and np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_agree_with_transformers_for_any_padding(name, hf_model):
+    directory, _, expected = hf_model(name)
+    assert_close(logits(load(directory)), expected, 1e-4)
+
+
+@pytest.mark.parametrize("name,change", [(name, change) for name, model in MODELS.items() for change in model[2]])
+def test_the_reference_depends_on_what_the_cases_vary(name, change, hf_model, torch):
+    (model_type, settings, _), (_, model, expected) = MODELS[name], hf_model(name)
+    changed = type(model)._from_config(hf_config(model_type, **settings | change), attn_implementation="eager").eval()
+    changed.load_state_dict(model.state_dict())
+    assert np.abs(reference(torch, changed) - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "gemma2", "gemma3", "qwen2.5"])
+def test_prefill_and_decode_through_the_cache_give_the_logits_of_the_full_sequence(name, hf_model, torch):
+    directory, model, _ = hf_model(name)
+    policy, prompt = load(directory), np.array([1, 6, 12])  # lengths of the prompts, padded on the right
+    step = partial(forward, policy.graphdef, policy.theta, policy.frozen)
+    positions = np.where(np.arange(12) < prompt[:, None], np.arange(12), espl.PAD_POSITION)
+    out, cache = step(TOKENS[:3, :12], positions, espl.new_cache(policy.cfg, 3, 32))
+    actual = [[row[:n]] for row, n in zip(np.asarray(out), prompt)]
+    for position in prompt[:, None] + np.arange(8)[:, None, None]:  # [3, 1]: 8 tokens, one by one
+        out, cache = step(np.take_along_axis(TOKENS[:3], position, 1), position, cache)
+        actual = [rows + [row] for rows, row in zip(actual, np.asarray(out))]
+    expected = reference(torch, model, TOKENS[:3], np.arange(T) < prompt[:, None] + 8)
+    assert_close(np.concatenate(sum(actual, [])), expected, 1e-4)
+
+
+@pytest.mark.parametrize("cache_length", [0, 640])
+def test_long_sequences_are_attended_in_blocks(cache_length, hf_model, torch):
+    directory, model, _ = hf_model("gemma2")
+    tokens = np.random.default_rng(1).integers(3, 131, (2, 600))
+    positions = np.stack([np.arange(600), np.r_[[espl.PAD_POSITION] * 50, np.arange(550)]])
+    actual = logits(load(directory), None, tokens, positions, cache_length)
+    assert_close(actual, reference(torch, model, tokens, positions != espl.PAD_POSITION), 1e-4)
+
+
+def perturbed(theta):
+    return jax.tree.map(lambda w: w + 0.3 * jnp.sin(jnp.arange(w.size)).reshape(w.shape), theta)
+
+
+def test_lora_starts_as_the_base_model_and_equals_merging_it_into_the_kernels(hf_model):
+    directory, _, _ = hf_model("qwen2.5")
+    base, policy = load(directory), load(directory, lora_rank=3, lora_alpha=7.0)
+    np.testing.assert_array_equal(logits(policy, policy.theta_ref), logits(base))
+    theta, merged = perturbed(policy.theta), nnx.to_pure_dict(base.theta)
+    for name, adapter in nnx.to_pure_dict(theta)["layers"].items():
+        assert set(adapter) == {"lora_a", "lora_b"}
+        merged["layers"][name]["kernel"] += 7.0 / 3 * adapter["lora_a"] @ adapter["lora_b"]
+    nnx.replace_by_pure_dict(base.theta, merged)
+    assert np.abs(logits(base) - logits(policy)).max() > 1
+    assert_close(logits(policy, theta), logits(base), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "gemma2"])
+def test_bfloat16(name, hf_model, torch, tmp_path):
+    _, original, _ = hf_model(name)
+    model = type(original)._from_config(original.config, attn_implementation="eager").bfloat16().eval()
+    model.load_state_dict(original.state_dict())
+    model.save_pretrained(tmp_path)
+    policy = load(tmp_path, dtype="bfloat16", lora_rank=2)
+    for path, w in jax.tree_util.tree_leaves_with_path((policy.theta, policy.frozen)):
+        assert w.dtype == (jnp.float32 if re.search("scale|lora", espl.path_name(path)) else jnp.bfloat16), path
+    actual, bf16, exact = logits(policy), reference(torch, model), reference(torch, model.float())
+    assert actual.dtype == np.float32
+    assert_close(actual, bf16, 0.08)
+    assert np.abs(actual - exact).mean() < 1.1 * np.abs(bf16 - exact).mean() < 0.03 * np.abs(exact).mean()
+
+
+@pytest.mark.parametrize("name,rank,cache_length", [("llama2", 0, 0), ("llama2", 0, 32), ("gemma2", 3, 0)])
+def test_logits_do_not_depend_on_the_mesh(name, rank, cache_length, hf_model):  # 3 or 6 heads, 50, 131 over 4
+    policies, results = [], []
+    for mesh in (make_mesh(1, 1), make_mesh(2, 4)):
+        with jax.set_mesh(mesh):
+            policies.append(load(hf_model(name)[0], mesh, lora_rank=rank, lora_alpha=2.0))
+            theta = perturbed(policies[-1].theta) if rank else None
+            results.append(logits(policies[-1], theta, cache_length=cache_length))
+    one, eight = results
+    assert_close(eight, one, 1e-5)
+    _, _, held = nnx.split(nnx.merge(policies[1].graphdef, policies[1].theta, policies[1].frozen), nnx.LoRAParam, ...)
+    held = jax.tree.map(lambda w: w.addressable_shards[0].data.shape, nnx.to_pure_dict(held))
+    part = policies[1].cfg.num_heads * policies[1].cfg.head_dim // 4
+    held = [held["layers"][n]["kernel"][1:] for n in ("q_proj", "o_proj", "up_proj")] + [held["embed"]]
+    assert held == [(36, part), (part, 36), (36, 50), (131, 36)]
+
+
+def assert_same_weights(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a.theta, b.theta)
+
+
+def test_a_checkpoint_in_several_files(hf_model, tmp_path):
+    directory, model, _ = hf_model("llama2")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert_same_weights(load(tmp_path), load(directory))
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model.model.", "model.language_model."])
+def test_text_weights_of_a_multimodal_checkpoint(prefix, hf_model, tmp_path):
+    directory, _, _ = hf_model("gemma3")
+    tensors = {prefix + n.removeprefix("model."): t for n, t in load_file(directory / "model.safetensors").items()}
+    vision = ["vision_tower.vision_model.embeddings.patch_embedding.weight", "model.vision_tower.post_layernorm.bias",
+              "multi_modal_projector.mm_input_projection_weight", "model.multi_modal_projector.norm.weight"]
+    tensors |= {n: np.zeros(3, np.float32) for n in vision}
+    tensors["lm_head.weight"] = tensors[prefix + "embed_tokens.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(directory / "config.json", tmp_path)
+    assert_same_weights(load(tmp_path), load(directory))
+
+
+def write_config(directory, name, remove=(), **changes):
+    model_type, settings, _ = MODELS[name]
+    config = hf_config(model_type, **settings).to_dict() | changes
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in remove}))
+    return directory
+
+
+@pytest.mark.parametrize("name,old", [
+    ("llama2", dict(rope_theta=10000.0, rope_scaling=None)),
+    ("llama3.1", dict(rope_theta=50.0, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"})),
+    ("gemma2", dict(rope_theta=10000.0)),
+    ("gemma3", dict(rope_theta=90.0, rope_local_base_freq=20.0, sliding_window_pattern=6,
+                    rope_scaling=dict(rope_type="linear", factor=8.0))),
+    ("qwen2.5", dict(rope_theta=10000.0, sliding_window=64, use_sliding_window=False))])
+def test_config_json_as_older_transformers_wrote_it(name, old, tmp_path):
+    new = espl.read_model_config(write_config(tmp_path, name))
+    write_config(tmp_path, name, ["rope_parameters", "layer_types", "_sliding_window_pattern"], **old)
+    assert espl.read_model_config(tmp_path) == new
+
+
+def test_config_json_of_gemma_3_4b_leaves_most_to_defaults(tmp_path):
+    text = dict(hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34,
+                rope_scaling=dict(factor=8.0, rope_type="linear"), sliding_window=1024)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gemma3", text_config=text)))
+    cfg = espl.read_model_config(tmp_path)
+    assert (cfg.num_heads, cfg.num_kv_heads, cfg.head_dim) == (8, 4, 256)
+    assert (cfg.vocab_size, cfg.max_context) == (262208, 131072)
+    assert cfg.layer_window == tuple(espl.PAD_POSITION if i % 6 == 5 else 1024 for i in range(34))
+    local, wide = (cfg.rope_frequencies[cfg.layer_rope[i]] for i in (4, 5))
+    np.testing.assert_allclose(local, 1e4 ** -(np.arange(128) / 128), 1e-5)
+    np.testing.assert_allclose(wide, 1e6 ** -(np.arange(128) / 128) / 8, 1e-5)
+    assert cfg.tied and cfg.qk_norm and cfg.gemma and cfg.attention_scale == 1 / 16 and not cfg.biased
+
+
+@pytest.mark.parametrize("name,change,message", [
+    ("llama2", dict(model_type="mistral"), "'mistral'"),
+    ("llama2", dict(model_type="no_such_model"), "config.json.*no_such_model"),
+    ("llama2", dict(hidden_act="gelu"), "'gelu'"),
+    ("llama2", dict(rope_parameters=dict(rope_theta=1e4, rope_type="yarn", factor=4.0)), "'yarn'"),
+    ("llama2", dict(num_hidden_layers="many"), "config.json.*num_hidden_layers"),
+    ("qwen3", dict(quantization_config=dict(quant_method="gptq", bits=4)), "quantized"),
+    ("gemma3-vision", dict(quantization_config=dict(quant_method="gptq", bits=4)), "quantized"),
+    ("gemma3", dict(use_bidirectional_attention=True), "bidirectional")])
+def test_unsupported_config(name, change, message, tmp_path):
+    with pytest.raises(espl.UserError, match=message):
+        espl.read_model_config(write_config(tmp_path, name, **change))
+
+
+@pytest.mark.parametrize("files", [{}, {"config.json": "{"}])
+def test_unreadable_config(files, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(espl.UserError, match=f"config.json of {tmp_path}"):
+        espl.read_model_config(tmp_path)
+
+
+def resized(name, *shape):  # without a shape: removed
+    def damage(file):
+        tensors = load_file(file)
+        tensors.pop(name, None)
+        save_file(tensors | ({name: np.zeros(shape, np.float32)} if shape else {}), file)
+    return damage
+
+
+@pytest.mark.parametrize("damage,message", [
+    (resized("model.layers.1.self_attn.k_proj.weight"), "'layers.1.self_attn.k_proj.weight'"),
+    (resized("model.norm.weight"), "'norm.weight'"),
+    (resized("lm_head.weight"), "'lm_head.weight'"),
+    (resized("model.layers.0.mlp.up_proj.weight", 50, 35), r"'layers.0.mlp.up_proj.weight'.*\(50, 35\).*\(50, 36\)"),
+    (resized("model.embed_tokens.weight", 132, 36), r"'embed_tokens.weight'.*\(132, 36\).*\(131, 36\)"),
+    (resized("model.layers.0.self_attn.q_norm.weight", 12), "^.{,200}'layers.0.self_attn.q_norm.weight'.{,100}$"),
+    (resized("model.layers.3.input_layernorm.weight", 36), "'layers.3.input_layernorm.weight'"),
+    (lambda file: file.unlink(), "no .*safetensors"),
+    (lambda file: file.write_bytes(file.read_bytes()[:-9]), "model.safetensors"),
+    (lambda file: file.write_bytes(b"<html>404 not found</html>"), "model.safetensors"),
+    (lambda file: file.write_bytes(b""), "model.safetensors")])
+def test_checkpoints_that_cannot_be_loaded(damage, message, hf_model, tmp_path):
+    shutil.copytree(hf_model("llama2")[0], tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "model.safetensors")
+    with pytest.raises(espl.UserError, match=message):
+        load(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helpers: tiny random models, and one reference for all of sections 6 and 7: `whole`, the model without cache,
+# padding or batch. Everything else is recomputed from its logits in numpy.
+# ----------------------------------------------------------------------------------------------------------------------
+
+V, CONTEXT, HORIZON = 50, 256, 160
+WHOLE = 256  # tokens of every call of the reference: later tokens cannot change earlier logits, so one compilation does
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    with jax.set_mesh(make_mesh()):
+        yield
+
+
+def tiny_policy(lora_rank=0, noise=0.0, mesh=None, sharpness=12.0, **changes):
+    """A random model with peaked distributions (biases, one sliding layer); theta is theta_ref plus noise."""
+    cfg = dict(num_layers=2, model_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=V,
+               max_context=CONTEXT, norm_eps=1e-6, rope_frequencies=(espl.rope_frequencies({"rope_theta": 1e4}, 8),),
+               layer_rope=(0, 0), layer_window=(6, espl.PAD_POSITION), biased=frozenset(("q_proj", "k_proj", "v_proj")),
+               attention_scale=8**-0.5, lora_rank=lora_rank, lora_alpha=8.0)
+    model = espl.Transformer(espl.ModelConfig(**cfg | changes), nnx.Rngs(0))
+    model.embed[...] = model.embed[...] * sharpness
+    policy, rng = espl.make_policy(model, mesh or make_mesh()), np.random.default_rng(0)
+    policy.theta = jax.tree.map(lambda w: w + noise * jnp.asarray(rng.normal(size=w.shape), w.dtype), policy.theta)
+    return policy
+
+
+def copy_of(policy):
+    """The update donates theta, so every test that trains works on a copy."""
+    return dataclasses.replace(policy, theta=jax.tree.map(jnp.copy, policy.theta))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    with jax.set_mesh(make_mesh()):
+        return tiny_policy()
+
+
+def generate(policy, prompts, counts, sampling, seed=(0, 0), slots=64, eos=(V, V), **more):
+    engine = espl.Engine(policy, eos, CONTEXT, slots, **more)
+    return espl.generate(engine, policy.theta, prompts, counts, sampling, seed)
+
+
+@partial(jax.jit, static_argnums=0)
+def whole_logits(graphdef, theta, frozen, token):
+    model = nnx.merge(graphdef, theta, frozen)
+    return model.logits(model(token[None], jnp.arange(len(token))[None])[0][0])
+
+
+def whole(policy, tokens, theta=None):
+    """Logits [len(tokens), V] after each token of one sequence, float64 numpy."""
+    token = np.pad(np.array(tokens), (0, WHOLE - len(tokens)))
+    out = whole_logits(policy.graphdef, policy.theta if theta is None else theta, policy.frozen, token)
+    return np.asarray(out, np.float64)[: len(tokens)]
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def reference_nucleus(p, top_p):
+    """Kept tokens: the most probable ones until their mass reaches top_p, and all that tie with the last of them."""
+    order = np.sort(p)[::-1]
+    last = min(int(np.searchsorted(np.cumsum(order), top_p)), len(p) - 1)
+    return p >= order[last]
+
+
+def response_logprobs(policy, prompt, tokens, temperature, top_p=1.0, theta=None):
+    """Log-probability of each response token under the tempered (and cut) distribution."""
+    logits = whole(policy, prompt + tokens, theta)[len(prompt) - 1 : -1] / temperature
+    if top_p < 1:
+        logits = np.where([reference_nucleus(p, top_p) for p in np.exp(log_softmax(logits))], logits, -np.inf)
+    return log_softmax(logits)[np.arange(len(tokens)), tokens]
+
+
+def random_prompts(*lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, V, n).tolist() for n in lengths]
+
+
+RAGGED = random_prompts(5, 1, 33, 12, 2, 20)
+
+
+def assert_same(a, b, atol=1e-5):
+    """Two lists of responses agree in tokens, stop reason and log-probabilities."""
+    assert [(r.tokens, r.stop) for r in a] == [(r.tokens, r.stop) for r in b]
+    for x, y in zip(a, b):
+        np.testing.assert_allclose(x.logprobs, y.logprobs, atol=atol)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------------------
+
+GREEDY = espl.SamplingParams(0.0, 1.0, HORIZON)  # three decode chunks, and the cache grows
+DRAWN = espl.SamplingParams(0.8, 0.9, 40)
+
+
+def test_greedy_is_the_loop_without_cache(policy):
+    for prompt, (r,) in zip(RAGGED, generate(policy, RAGGED, [1] * 6, GREEDY, slots=3)):
+        logits = whole(policy, prompt + r.tokens)[len(prompt) - 1 : -1]  # row t saw the prompt and tokens[:t] only
+        assert len(r.tokens) == len(r.logprobs) == HORIZON and r.stop == "length"
+        assert r.tokens == logits.argmax(-1).tolist()
+        np.testing.assert_allclose(r.logprobs, log_softmax(logits).max(-1), atol=1e-4)
+
+
+def test_greedy_is_what_transformers_generates(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    hf = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)).eval()
+    hf.save_pretrained(tmp_path)
+    policy = espl.load_policy(str(tmp_path), espl.read_model_config(str(tmp_path)), make_mesh())
+    eos, prompts = (25, 30), [p for p in RAGGED if len(p) > 1]
+    ours = generate(policy, prompts, [1] * len(prompts), GREEDY, slots=2, eos=eos)
+    for prompt, (r,) in zip(prompts, ours):
+        theirs = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=HORIZON,
+                             do_sample=False, eos_token_id=list(eos), pad_token_id=0)[0, len(prompt):].tolist()
+        assert r.tokens == theirs and r.stop == ("eos" if theirs[-1] in eos else "length")
+    assert {r.stop for (r,) in ours} == {"eos", "length"}  # both were met
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.6, 1.0), (1.7, 1.0), (0.8, 0.9), (1.7, 0.5)])
+def test_logprobs_are_those_of_the_distribution_drawn_from(policy, temperature, top_p):
+    responses = generate(policy, RAGGED, [2] * 6, espl.SamplingParams(temperature, top_p, 40), (1, 2))
+    samples = [espl.Sample(p, r.tokens, r.logprobs, 1.0) for p, group in zip(RAGGED, responses) for r in group]
+    for s in samples:
+        expected = response_logprobs(policy, s.prompt, s.tokens, temperature, top_p)
+        np.testing.assert_allclose(s.logprobs, expected, atol=1e-4)
+    if top_p == 1:  # the trainer's own, on the padded batch that rl_update would make
+        (batch,) = espl.microbatches(samples, 10**6, 1)
+        model = nnx.merge(policy.graphdef, policy.theta, policy.frozen)
+        hidden, _ = model(batch["token"], batch["position"])
+        logp, entropy = espl.token_logprobs(model, hidden, batch["target"], temperature)
+        assert batch["mask"].sum() == 12 * 40
+        np.testing.assert_allclose(logp[batch["mask"]], batch["behaviour"][batch["mask"]], atol=1e-4)
+        p = log_softmax(whole(policy, RAGGED[2] + responses[2][0].tokens)[:-1] / temperature)  # the longest: first row
+        np.testing.assert_allclose(entropy[0, : len(p)], -(np.exp(p) * p).sum(-1), atol=1e-4)
+
+
+def test_eos_ends_a_response_and_belongs_to_it(policy):
+    free = [r for (r,) in generate(policy, RAGGED, [1] * 6, DRAWN, (3, 0), 4)]
+    first, later = free[0].tokens[0], free[1].tokens[9]
+    stopped = generate(policy, RAGGED, [1] * 6, DRAWN, (3, 0), 4, eos=(first, later))
+    for f, (r,) in zip(free, stopped):  # stopped early, the same until then
+        n = next((i + 1 for i, t in enumerate(f.tokens) if t in (first, later)), 40)
+        assert (r.tokens, r.stop) == (f.tokens[:n], "eos" if f.tokens[n - 1] in (first, later) else "length")
+        np.testing.assert_allclose(r.logprobs, f.logprobs[:n], atol=1e-5)
+    assert stopped[0][0].tokens == [first] and stopped[0][0].stop == "eos"
+
+
+def test_the_context_limits_a_response(policy):
+    prompts = random_prompts(CONTEXT, CONTEXT - 1, CONTEXT + 5, 3, CONTEXT - 39)
+    (full,), (one,), (over,), (short,), (cut,) = generate(policy, prompts, [1] * 5, espl.SamplingParams(0.8, 0.9, 50))
+    assert full == over == espl.Response([], [], "length")
+    assert [len(r.tokens) for r in (one, short, cut)] == [1, 50, 39]
+    assert {r.stop for r in (one, short, cut)} == {"length"}
+    assert generate(policy, prompts[:1], [2], DRAWN) == [[full, full]]
+    assert generate(policy, RAGGED[:2], [0, 0], DRAWN) == [[], []]
+
+
+def test_a_response_does_not_depend_on_slots_or_company(policy):
+    def sample(prompts, counts, slots, **more):
+        groups = generate(policy, prompts, counts, DRAWN, (5, 1), slots, eos=(1, 2), **more)
+        return [r for group in groups for r in group]
+
+    prompts = RAGGED[:4] + RAGGED[2:3] + RAGGED[4:]  # 33 tokens twice
+    all_ = sample(prompts, [3] * 7, 64)
+    assert len({len(r.tokens) for r in all_}) > 3  # slots become free at different times
+    for slots, more in ((1, {}), (3, {}), (3, {"prefill_tokens": 1})):  # slots are reused: stale caches must not leak
+        assert_same(sample(prompts, [3] * 7, slots, **more), all_)
+    for g in (1, 2, 3):  # alone, and among others: longest first, shortest last
+        assert_same(sample(prompts, [3 * (i == g) for i in range(7)], 3), all_[3 * g : 3 * g + 3])
+    company = sorted(random_prompts(*range(1, 40, 6), seed=1), key=len, reverse=True)
+    company[3] = prompts[3]
+    assert_same(sample(company, [3] * 7, 3)[9:12], all_[9:12])
+
+
+def test_seeds(policy):
+    a, b, c, d = ([r.tokens for r in generate(policy, RAGGED[:2], [3, 3], DRAWN, seed, 4)[0]]
+                  for seed in ((1, 2), (1, 2), (1, 3), (2, 2)))
+    assert a == b and len({str(x) for x in a + c + d}) == 9  # rollouts of one prompt differ as well
+    same = generate(policy, RAGGED[:1] * 2, [3, 3], DRAWN, (1, 2), 4)
+    assert same[0][0].tokens != same[1][0].tokens  # and so do equal prompts
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_frequencies_are_the_probabilities(policy, top_p, alpha=1e-3):
+    def check(logits, tokens):  # chi-square, with the rare tokens in one bin
+        keep = reference_nucleus(np.exp(log_softmax(logits / 1.3)), top_p) if top_p < 1 else np.ones(V, bool)
+        count, expected = np.bincount(tokens, minlength=V), np.exp(log_softmax(np.where(keep, logits / 1.3, -np.inf)))
+        expected = expected * len(tokens)
+        assert count[~keep].sum() == 0
+        rare = expected < 8
+        bins = [np.append(x[~rare], x[rare].sum()) for x in (count, expected)]
+        bins = [x[bins[1] > 0] for x in bins]
+        assert len(bins[0]) > 4 and stats.chisquare(*bins).pvalue > alpha
+
+    prompt = RAGGED[0]
+    (group,) = generate(policy, [prompt], [4000], espl.SamplingParams(1.3, top_p, 2), slots=1500)
+    first, second = np.array([r.tokens for r in group]).T
+    check(whole(policy, prompt)[-1], first)
+    common = int(np.bincount(first).argmax())
+    check(whole(policy, prompt + [common])[-1], second[first == common])  # the two draws are independent
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+def test_nucleus_is_exact(top_p):
+    rng = np.random.default_rng(0)
+    logits = np.concatenate([
+        rng.normal(size=(20, 300)) * rng.uniform(0.1, 10, (20, 1)),  # all distinct
+        rng.integers(-3, 3, (20, 300)),                              # many ties
+        rng.normal(size=(9, 300)) * 1e-6,                            # neighbouring floats
+        np.zeros((1, 300)), 50 * np.eye(300)[:3], 1e4 * np.eye(300)[:3], -1e4 * np.eye(300)[:3],
+        np.where(np.arange(300) < 2, 1e4, -1e4)[None], np.where(np.arange(300) < 3, 0, -np.inf)[None],
+        rng.normal(size=(5, 300)) * 1e3]).astype(np.float32)
+    out = np.array(jax.jit(espl.nucleus, static_argnums=1)(logits, top_p))
+    probs = np.array(jax.nn.softmax(logits), np.float64)
+    keep = np.array([reference_nucleus(p, top_p) for p in probs]) & (logits > -np.inf)
+    np.testing.assert_array_equal(out > -np.inf, keep)
+    np.testing.assert_array_equal(out[keep], logits[keep])
+    if top_p == 1e-6:
+        assert (keep == (logits == logits.max(-1, keepdims=True)))[:20].all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RL update
+# ----------------------------------------------------------------------------------------------------------------------
+
+# An "optimizer" whose state after the update is the gradient: rl_update(...)[0] is the gradient of -J.
+CAPTURE = optax.GradientTransformation(lambda theta: None, lambda g, state, theta: (jax.tree.map(jnp.zeros_like, g), g))
+LORA_AND_FULL = pytest.mark.parametrize("lora_rank", [4, 0], ids=["lora", "full"])
+
+
+def gradient(policy, samples, num_rollouts=16, objective=espl.Objective(), **more):
+    """(flat gradient of -J, metrics) through all of rl_update."""
+    g, metrics = espl.rl_update(copy_of(policy), CAPTURE, None, samples, num_rollouts, objective, **more)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]), metrics
+
+
+def assert_same_metrics(a, b):
+    assert a.keys() == b.keys() and all(a[n] == b[n] or a[n] == pytest.approx(b[n], rel=1e-3, abs=1e-6) for n in a)
+
+
+def off_policy_samples(policy, temperature, drift=0.4, shapes=((5, 9), (1, 4), (30, 1), (3, 12), (9, 20))):
+    """Random responses with behaviour log-probabilities around the policy's, so that some ratios are clipped."""
+    rng, samples = np.random.default_rng(0), []
+    for p, n in shapes:
+        prompt, tokens = rng.integers(0, V, p).tolist(), rng.integers(0, V, n).tolist()
+        logprobs = response_logprobs(policy, prompt, tokens, temperature) + drift * rng.normal(size=n)
+        logprobs, advantage = logprobs.astype(np.float32).tolist(), float(np.float32(rng.normal()))
+        samples.append(espl.Sample(prompt, tokens, logprobs, advantage))
+    return samples
+
+
+def reference_loss(policy, samples, num_rollouts, o, theta, theta_0):
+    """-J by a double loop over the equation. The weights of cispo are constants: those at theta_0."""
+    J = 0.0
+    for s in samples:
+        now, ref, start = (response_logprobs(policy, s.prompt, s.tokens, o.temperature, theta=t)
+                           for t in (theta, policy.theta_ref, theta_0))
+        for t in range(len(s.tokens)):
+            ratio, low, high = np.exp(now[t] - s.logprobs[t]), 1 - o.clip_low, 1 + o.clip_high
+            if o.loss == "importance_sampling":
+                J += ratio * s.advantage
+            elif o.loss == "ppo":
+                J += min(ratio * s.advantage, min(max(ratio, low), high) * s.advantage)
+            elif o.loss == "cispo":
+                J += min(max(np.exp(start[t] - s.logprobs[t]), low), high) * s.advantage * now[t]
+            else:
+                J += s.advantage * now[t]
+            J -= o.kl_coef * (np.exp(ref[t] - now[t]) - (ref[t] - now[t]) - 1)
+    return -J / num_rollouts
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """espl in double precision throughout: what it calls jnp.float32 is float64."""
+    monkeypatch.setattr(espl, "jnp", SimpleNamespace(**vars(jnp) | {"float32": jnp.float64}))
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("loss", espl.LOSSES)
+def test_gradient_is_the_finite_difference_of_the_equation(float64, loss, kl_coef):
+    o = espl.Objective(loss, temperature=0.7, clip_low=0.2, clip_high=0.3, kl_coef=kl_coef)
+    policy = tiny_policy(4 if kl_coef else 0, noise=0.05, sharpness=6.0, dtype="float64")
+    samples = off_policy_samples(policy, 0.7)
+    g, metrics = gradient(policy, samples, 11, o)
+    loss_at = partial(reference_loss, policy, samples, 11, o, theta_0=policy.theta)
+    np.testing.assert_allclose(metrics["loss"], loss_at(policy.theta), rtol=1e-9)
+    flat, unflatten = jax.flatten_util.ravel_pytree(policy.theta)
+    for direction in np.random.default_rng(1).normal(size=(3, len(flat))):
+        plus, minus = (loss_at(unflatten(flat + h * direction)) for h in (1e-6, -1e-6))
+        np.testing.assert_allclose(g @ direction, (plus - minus) / 2e-6, rtol=1e-5)
+
+
+def test_metrics(policy):
+    policy = dataclasses.replace(policy, theta=tiny_policy(noise=0.03).theta)
+    samples = off_policy_samples(policy, 1.0)
+    for s in samples:
+        s.logprobs = [x + 6 for x in s.logprobs]  # ratios far below 1: padding would be the maximum
+    _, m = gradient(policy, samples, objective=espl.Objective(kl_coef=0.1), max_tokens=100)
+    now, ref = (np.concatenate([response_logprobs(policy, s.prompt, s.tokens, 1.0, theta=t) for s in samples])
+                for t in (policy.theta, policy.theta_ref))
+    gap = np.concatenate([s.logprobs for s in samples]) - now
+    expected = {"ratio_mean": np.exp(-gap).mean(), "ratio_max": np.exp(-gap).max(), "sampler_gap": gap.mean(),
+                "kl": (np.exp(ref - now) - (ref - now) - 1).mean(), "trained_rollouts": 5, "trained_tokens": len(now)}
+    assert expected["kl"] > 1e-3
+    for name, value in expected.items():
+        np.testing.assert_allclose(m[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    g, m = gradient(policy, samples)
+    assert m["kl"] is None
+    np.testing.assert_allclose(m["grad_norm"], np.linalg.norm(g), rtol=1e-5)
+
+
+def test_on_policy_all_losses_have_the_reinforce_gradient(policy):
+    responses = generate(policy, RAGGED, [2] * 6, espl.SamplingParams(0.8, 1.0, 40))
+    rng = np.random.default_rng(0)
+    samples = [espl.Sample(p, r.tokens, r.logprobs, rng.normal()) for p, rs in zip(RAGGED, responses) for r in rs]
+    expected, m = gradient(policy, samples, objective=espl.Objective("reinforce", 0.8))
+    assert m["ratio_max"] < 1.001 and abs(m["sampler_gap"]) < 1e-5
+    for loss in espl.LOSSES:
+        g, _ = gradient(policy, samples, objective=espl.Objective(loss, 0.8))
+        np.testing.assert_allclose(g, expected, atol=2e-4 * abs(expected).max(), err_msg=loss)
+
+
+def test_gradient_ignores_padding_microbatches_and_empty_responses(policy):
+    samples = off_policy_samples(policy, 1.0)
+    together, m = gradient(policy, samples)
+    scale = abs(together).max()
+    split, n = gradient(policy, samples, max_tokens=1)
+    np.testing.assert_allclose(split, together, atol=1e-5 * scale)
+    assert_same_metrics(m, n)
+    alone = sum(gradient(policy, [s])[0] for s in samples)
+    np.testing.assert_allclose(alone, together, atol=1e-5 * scale)
+    with_empty, m = gradient(policy, [espl.Sample([1, 2], [], [], 5.0)] + samples)
+    np.testing.assert_allclose(with_empty, together, atol=1e-6 * scale)
+    assert m["trained_rollouts"] == 5
+    half, _ = gradient(policy, samples, 32)
+    np.testing.assert_allclose(half * 2, together, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("lora_rank, shape", [(0, (4, 2)), (0, (8, 1)), (4, (4, 2))])
+def test_eight_devices_compute_what_one_does(lora_rank, shape):
+    one = tiny_policy(lora_rank, noise=0.02)
+    samples = off_policy_samples(one, 0.8)
+    expected, m = gradient(one, samples, objective=espl.Objective(temperature=0.8))
+    alone = generate(one, RAGGED, [1] * 6, DRAWN, slots=3)
+    mesh = make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        place = lambda w: jax.tree_util.tree_map_with_path(
+            lambda p, x: jax.device_put(np.array(x), espl.weight_sharding(espl.path_name(p), x.shape, mesh)), w)
+        placed = {n: place(getattr(one, n)) for n in ("theta", "theta_ref", "frozen")}
+        many = dataclasses.replace(one, mesh=mesh, **placed)
+        g, n = gradient(many, samples, objective=espl.Objective(temperature=0.8))
+        np.testing.assert_allclose(g, expected, atol=1e-5 * abs(expected).max())
+        assert_same_metrics(m, n)
+        if shape == (4, 2):
+            for a, b in zip(alone, generate(many, RAGGED, [1] * 6, DRAWN, slots=3)):
+                assert_same(a, b, atol=1e-4)
+
+
+def test_the_eos_token_is_trained(policy):
+    prompt, eos = RAGGED[0], 7
+    before = response_logprobs(policy, prompt, [eos], 1.0)[0]
+    trained, optimizer = copy_of(policy), optax.sgd(1e-4)
+    sample = espl.Sample(prompt, [eos], [before], 1.0)  # nothing but eos: no other token has a gradient
+    _, m = espl.rl_update(trained, optimizer, optimizer.init(trained.theta), [sample], 1, espl.Objective())
+    assert m["trained_tokens"] == 1 and m["loss"] == pytest.approx(-1.0, abs=1e-4)
+    gain = response_logprobs(trained, prompt, [eos], 1.0)[0] - before
+    assert gain > 0 and gain == pytest.approx(1e-4 * m["grad_norm"] ** 2, rel=0.1)  # what first order predicts
+
+
+@LORA_AND_FULL
+def test_only_trainable_weights_change(lora_rank):
+    policy, optimizer = tiny_policy(lora_rank), optax.adam(1e-3)
+    leaves = lambda tree: [(espl.path_name(p), np.array(x)) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
+    theta, kept = leaves(policy.theta), leaves((policy.frozen, policy.theta_ref))
+    state = optimizer.init(policy.theta)
+    state, m = espl.rl_update(policy, optimizer, state, [espl.Sample([1], [], [], 1.0)], 1, espl.Objective())
+    assert set(m) == {"skipped"}
+    for (_, a), (_, b) in zip(theta, leaves(policy.theta)):
+        np.testing.assert_array_equal(a, b)
+    for _ in range(2):  # in the first step B is zero, so A has no gradient
+        state, _ = espl.rl_update(policy, optimizer, state, off_policy_samples(policy, 1.0), 8, espl.Objective())
+    for (_, a), (_, b) in zip(kept, leaves((policy.frozen, policy.theta_ref))):
+        np.testing.assert_array_equal(a, b)
+    for (name, a), (_, b) in zip(theta, leaves(policy.theta)):
+        assert ("lora" in name) == bool(lora_rank) and b.dtype == np.float32
+        assert all((x != y).any() for x, y in zip(a, b)) if name.startswith("layers") else (a != b).any(), name
+
+
+def test_adam_is_adam():
+    rng, lr, eps = np.random.default_rng(0), 0.1, 1e-8
+    optimizer = optax.adam(lr, b1=0.9, b2=0.95, eps=eps)
+    theta = {"a": rng.normal(size=(3, 4)), "b": rng.normal(size=5)}
+    ours = jax.tree.map(jnp.array, theta)
+    state, m, v = optimizer.init(ours), *({k: 0.0 for k in theta} for _ in range(2))
+    for step in (1, 2):
+        g = {k: rng.normal(size=x.shape) for k, x in theta.items()}
+        ours, state, norm = espl.adam_step(optimizer, ours, state, jax.tree.map(jnp.array, g))
+        np.testing.assert_allclose(norm, np.sqrt(sum((x**2).sum() for x in g.values())), rtol=1e-5)
+        for k in theta:
+            m[k], v[k] = 0.9 * m[k] + 0.1 * g[k], 0.95 * v[k] + 0.05 * g[k] ** 2
+            theta[k] = theta[k] - lr * (m[k] / (1 - 0.9**step)) / (np.sqrt(v[k] / (1 - 0.95**step)) + eps)
+            np.testing.assert_allclose(ours[k], theta[k], rtol=1e-5, atol=1e-6)
+
+
+@LORA_AND_FULL
+def test_learning(lora_rank, prompts=RAGGED[:4], n=16):
+    """From chance to > 0.9 by generate and rl_update alone: even tokens after prompts 0, 2, odd ones after 1, 3."""
+    policy, optimizer = tiny_policy(lora_rank), optax.adam(0.02 if lora_rank else 0.01, b1=0.9, b2=0.95)
+    state, history, sampling = optimizer.init(policy.theta), [], espl.SamplingParams(1.0, 1.0, 4)
+    while len(history) < 80 and min(history[-3:], default=0) <= 0.9:
+        groups = generate(policy, prompts, [n] * 4, sampling, (7, len(history)))
+        rewards = np.array([[np.mean(np.array(r.tokens) % 2 == i % 2) for r in g] for i, g in enumerate(groups)])
+        advantages = rewards - rewards.mean(1, keepdims=True)
+        samples = [espl.Sample(prompts[i], groups[i][j].tokens, groups[i][j].logprobs, advantages[i, j])
+                   for i in range(4) for j in range(n)]
+        state, _ = espl.rl_update(policy, optimizer, state, samples, 4 * n, espl.Objective())
+        history.append(rewards.mean())
+    assert history[0] < 0.6 and min(history[-3:]) > 0.9, history
+
+
+@pytest.mark.parametrize("data", [1, 8])
+def test_logits_of_a_whole_batch_never_exist(data, B=64, T=512, vocab=2**15):
+    """Temporary memory of one device: far below its share of [B, T, V] alone, and the logits are split over devices."""
+    mesh = make_mesh(data)
+    rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    with jax.set_mesh(mesh):
+        policy = tiny_policy(4, mesh=mesh, vocab_size=vocab, num_heads=1, num_kv_heads=1)
+        theta, frozen = jax.eval_shape(lambda: (policy.theta, policy.frozen))
+        kinds = {"token": int, "target": int, "position": int, "mask": bool, "behaviour": np.float32}
+        batch = {n: jax.ShapeDtypeStruct((B, T), t, sharding=rows) for n, t in kinds.items()}
+        batch["advantage"] = jax.ShapeDtypeStruct((B,), np.float32, sharding=rows)
+        lowered = espl.add_gradient.lower(theta, theta, theta, policy.graphdef, frozen, batch, 1, espl.Objective())
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < B * T * vocab * 4 / 8 / data
+
+
+SEED_PROMPTS = Path(espl.__file__).parent / "prompts_seed.txt"
+WORDS_13 = "one two three four five six seven eight nine ten eleven twelve thirteen"
+
+
+def population_of(*ratings, max_pool_size=200):
+    """Prompts with these (mu, sigma), each with a principle of its own."""
+    prompts = [espl.SystemPrompt(i, [f"principle {i}"], mu, sigma) for i, (mu, sigma) in enumerate(ratings)]
+    return espl.Population(prompts, max_pool_size)
+
+
+def problem(question="How many primes lie below fifty?", *answers):
+    return espl.Problem("p", question, answers or ("15",))
+
+
+def evolution_log():
+    return {"mutation": "none", "crossover": "none", "parse_failures": 0, "dropped": Counter()}
+
+
+def operation(kind, text="new text", **fields):
+    return {"operation": kind, "principle": text, **fields}
+
+
+def add(text="new text"):
+    return operation("add", text)
+
+
+def modify(old, text="new text"):
+    return operation("modify", text, modified_from=old)
+
+
+def merge(old, text="new text"):
+    return operation("merge", text, merged_from=old)
+
+
+def remove(old):
+    return {"operation": "remove", "remove_id": old}
+
+
+def reply_of(*operations):
+    return json.dumps(operations)
+
+
+@pytest.fixture(scope="module")
+def math_task():
+    return espl.Task("math", [], [], [], espl.read_prompts(str(SEED_PROMPTS), "math"), None, espl.parse_operations)
+
+
+class Reflector:
+    """An `ask` which answers from a script {request: [replies, …]} and remembers what it was asked."""
+
+    def __init__(self, **script):
+        self.script, self.asked = {name: iter(replies) for name, replies in script.items()}, []
+
+    def __call__(self, request, slots):
+        assert all(set(espl.SLOTS[request]) == set(s) and all(isinstance(v, str) for v in s.values()) for s in slots)
+        self.asked += [(request, s) for s in slots]
+        return [next(self.script[request]) for _ in slots]
+
+    def requests(self, name):
+        return [slots for request, slots in self.asked if request == name]
+
+
+# ---- Prompts file, fill, system_text ----
+
+
+@pytest.mark.parametrize("old, new, complaint", [
+    ("[critique]", "[critics]", r"\[math.critique\] or \[critique\]"),
+    ("[math.system]", "[search.system]", r"\[math.system\]"),
+    ("{max_operations}", "two", r"\[critique\].*\{max_operations\}"),
+    ("{wins}", "", r"\[crossover\].*\{wins\}"),
+    ("those that apply:\n{principles}", "", r"\[system\].*\{principles\}"),
+])
+def test_prompts_file_names_what_is_missing(tmp_path, old, new, complaint):
+    text = SEED_PROMPTS.read_text()
+    assert old in text
+    (tmp_path / "p.txt").write_text(text.replace(old, new))
+    with pytest.raises(espl.UserError, match=complaint):
+        espl.read_prompts(str(tmp_path / "p.txt"), "math")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\xff"])
+def test_unreadable_prompts_file_is_a_user_error(tmp_path, content):
+    if content:
+        (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(espl.UserError, match="p.txt"):
+        espl.read_prompts(str(tmp_path / "p.txt"), "math")
+
+
+def test_prompts_file_sections(tmp_path):
+    body = 'Braces {x}, \\frac{1}{2}, {"operation": "add"}, [not a section] here,\n[[1, 2]]\n\n{sets} {wins}'
+    own = f"\n[math.crossover]\n{body}\n[other.critique]\nno slots\n[math.principles]\n one \n\ntwo\n"
+    (tmp_path / "p.txt").write_text(SEED_PROMPTS.read_text().replace("[math.principles]", "[unused]") + own)
+    texts = espl.read_prompts(str(tmp_path / "p.txt"), "math")
+    assert set(texts) == set(espl.SLOTS) and texts["crossover"] == body and "{attempts}" in texts["critique"]
+    assert espl.Task("t", [], [], [], texts, None, None).root == ["one", "two"]
+
+
+def test_seed_prompts_have_an_empty_root_and_ask_for_boxed_answers(math_task):
+    assert math_task.root == [] and r"\boxed{}" in math_task.texts["system"]
+    for request in ("critique", "aggregate", "crossover"):  # the examples shown to the model are themselves valid
+        assert len(espl.parse_operations(math_task.texts[request])) >= 2
+
+
+def test_fill_is_one_pass_and_leaves_other_braces():
+    slots = {"problem": "{answer} {principles} {problem}", "answer": r"\1 \g<0> {problem}"}
+    filled = espl.fill(r'{problem}|{answer}|{unknown} \frac{1}{2} {"a": {}} \boxed{} {{answer}}', slots)
+    assert filled == (r"{answer} {principles} {problem}|\1 \g<0> {problem}|{unknown} \frac{1}{2} "
+                      r'{"a": {}} \boxed{} {\1 \g<0> {problem}}')
+
+
+def test_system_text_drops_the_principles_paragraph_when_empty(math_task):
+    first, rest = math_task.texts["system"].split("\n\n", 1)
+    assert espl.system_text(math_task, []) == first
+    text = espl.system_text(math_task, ["Try {principles}.", "Use C."])
+    assert text == first + "\n\n" + rest.replace("{principles}", "[G0] Try {principles}.\n[G1] Use C.")
+
+
+# ---- Chat templates ----
+
+CHATML = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>"
+          "{% if not enable_thinking %}<think></think>{% endif %}")
+GEMMA = ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+         "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}<|model|>")
+SILENT = "{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}{% endfor %}<|model|>"
+
+
+@pytest.fixture
+def make_chat():
+    """A Chat over a byte-level tokenizer that adds <bos> of its own, with a given template."""
+    def make(template, **kwargs):
+        vocab = {c: i for i, c in enumerate(["<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+        core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>")
+        tokenizer.chat_template = template
+        return espl.Chat(tokenizer, **kwargs)
+    return make
+
+
+@pytest.mark.parametrize("template, kwargs, system, expected", [
+    (CHATML, {}, "S x", "<|system|>S x\n<|user|>Ü 1\n<|assistant|>"),
+    (CHATML, {}, "", "<|user|>Ü 1\n<|assistant|>"),
+    (CHATML, {"thinking": False}, "S", "<|system|>S\n<|user|>Ü 1\n<|assistant|><think></think>"),
+    (CHATML, {"role": "user"}, "S", "<|user|>Ü 1\n\nS\n<|assistant|>"),
+    (GEMMA, {}, "S\n", "<bos><|user|>S\n\n\nÜ 1<|model|>"),
+    (GEMMA, {}, "", "<bos><|user|>Ü 1<|model|>"),
+    (GEMMA, {"role": "user"}, "S", "<bos><|user|>Ü 1\n\nS<|model|>"),
+    (SILENT, {}, "S", "<|user|>S\n\nÜ 1<|model|>"),
+    (None, {}, "S", "<bos>S\n\nÜ 1\n\n"),
+    (None, {}, "", "<bos>Ü 1\n\n"),
+])
+def test_chat_rendering(make_chat, template, kwargs, system, expected):
+    chat = make_chat(template, **kwargs)
+    assert chat.tokenizer.decode(chat.ids(system, "Ü 1")) == expected
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "always the same"])
+def test_chat_template_that_cannot_work_is_a_user_error(make_chat, template):
+    with pytest.raises(espl.UserError, match="chat template"):
+        make_chat(template).ids("S", "U")
+
+
+def test_chat_text_leaves_out_special_tokens(make_chat):
+    chat = make_chat(None)
+    assert chat.text(chat.tokenizer("a Ü b").input_ids) == "a Ü b"
+
+
+# ---- Selection ----
+
+
+def selections(population, draws, **flags):
+    config = espl.Config(**flags)
+    return Counter(tuple(s.id for s in espl.select(population, config, np.random.default_rng(i))) for i in range(draws))
+
+
+@pytest.mark.parametrize("mode", ["top_random", "softmax", "uniform", "ucb", "lucb"])
+def test_select_distinct_prompts_of_the_window(mode):
+    population = population_of((99, 1), (98, 1), *[(20 + i, 1) for i in range(4)])  # the best two are too old
+    seen = selections(population, 50, selection=mode, window=4, num_prompts=3)
+    assert all(len(set(ids)) == 3 and set(ids) <= {2, 3, 4, 5} for ids in seen)
+    assert set(selections(population, 5, selection=mode, window=4, num_prompts=9)) == {(2, 3, 4, 5)}
+    assert set(selections(population_of((25, 8)), 5, selection=mode)) == {(0,)}
+    again = [selections(population, 1, selection=mode, num_prompts=2) for _ in range(2)]
+    assert again[0] == again[1]
+    small_pool = espl.Population(population.prompts, max_pool_size=2)  # beyond max_pool_size nothing is selected
+    assert set(selections(small_pool, 5, selection=mode)) == {(4, 5)}
+
+
+# Scores mu + 2 sigma: 24, 25, 26, 24.5; lower bounds mu - 2 sigma: 20, 13, 2, 22.5
+RATED = [(22, 1), (19, 3), (14, 6), (23.5, 0.5)]
+
+
+def softmax_pairs(scores, temperature):
+    p = np.exp(np.array(scores) / temperature)
+    p = p / p.sum()
+    return {(i, j): p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j]) for i, j in itertools.combinations(range(4), 2)}
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (dict(selection="ucb", num_prompts=2), {(1, 2): 1}),
+    (dict(selection="ucb", num_prompts=2, ucb_lambda=0.0), {(0, 3): 1}),
+    (dict(selection="lucb", num_prompts=1), {(3,): 1}),
+    (dict(selection="lucb", num_prompts=3), {(1, 2, 3): 1}),  # champion 3, then the best upper bounds 2 and 1
+    (dict(selection="top_random", num_prompts=1), {(2,): 1}),
+    (dict(selection="top_random", num_prompts=2), {(0, 2): 1 / 3, (1, 2): 1 / 3, (2, 3): 1 / 3}),
+    (dict(selection="uniform", num_prompts=2), {pair: 1 / 6 for pair in itertools.combinations(range(4), 2)}),
+    (dict(selection="softmax", num_prompts=1),
+     {(i,): p for i, p in enumerate(scipy.special.softmax([24, 25, 26, 24.5]))}),
+    (dict(selection="softmax", num_prompts=2, selection_temperature=2.0), softmax_pairs([24, 25, 26, 24.5], 2.0)),
+])
+def test_select_probabilities(flags, expected):
+    seen, draws = selections(population_of(*RATED), 2000, **flags), 2000
+    assert set(seen) == set(expected)
+    if len(expected) > 1:
+        observed, wanted = zip(*[(seen[ids], draws * p) for ids, p in expected.items()])
+        assert scipy.stats.chisquare(observed, wanted).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["top_random", "ucb", "lucb"])
+def test_select_breaks_ties_both_ways(mode):
+    seen = selections(population_of((25, 8), (25, 8), (9, 1)), 200, selection=mode, num_prompts=1)
+    assert set(seen) == {(0,), (1,)} and 60 < seen[0,] < 140
+
+
+def test_argmax_breaks_ties_by_the_generator():
+    seen = Counter(espl.argmax([0.5, 0.7, 0.1, 0.7], np.random.default_rng(i)) for i in range(200))
+    assert set(seen) == {1, 3} and 60 < seen[1] < 140
+    assert all(espl.argmax(v, np.random.default_rng(0)) == v.index(max(v)) for v in itertools.permutations([-1, 0, 2]))
+
+
+# ---- Ratings ----
+
+
+@pytest.mark.parametrize("values, ranks", [
+    ([0.2, 0.9, 0.5], [2, 0, 1]),
+    ([0.50, 0.495, 0.489], [0, 0, 0]),          # each ties with its neighbour, the ends with each other through it
+    ([0.489, 0.50, 0.4895], [1, 0, 1]),         # .4895 is more than .01 below .50
+    ([0.51, 0.50, 0.30], [0, 0, 1]),            # exactly .01 (floating point: 0.010000000000000009) ties
+    ([0.3, 0.3, 0.3], [0, 0, 0]),
+])
+def test_ratings_follow_trueskill_and_not_the_order_of_prompts(values, ranks):
+    ratings = [(25, 25 / 3), (28, 6), (21, 3)]
+    env = trueskill.TrueSkill(25, 25 / 3, 25 / 6, 25 / 300, 0.10)
+    expected = env.rate([(trueskill.Rating(*r),) for r in ratings], ranks)
+    results = []
+    for order in itertools.permutations(range(3)):
+        prompts = population_of(*ratings).prompts
+        espl.update_ratings([prompts[i] for i in order], [values[i] for i in order], 7)
+        results.append([(s.mu, s.sigma) for s in prompts])
+        assert [s.history for s in prompts] == [
+            [dict(iteration=7, value=values[i], rank=ranks[i], mu=s.mu, sigma=s.sigma)] for i, s in enumerate(prompts)]
+    assert all(r == results[0] for r in results)  # bit for bit
+    np.testing.assert_allclose(results[0], [(r.mu, r.sigma) for r, in expected], rtol=1e-3)
+
+
+def test_winner_gains_loser_falls():
+    a, b = population_of((25, 25 / 3), (25, 25 / 3)).prompts
+    espl.update_ratings([a, b], [0.4, 0.8], 1)
+    assert b.mu == pytest.approx(29.396, abs=1e-3) and a.mu == pytest.approx(20.604, abs=1e-3)  # trueskill's README
+    assert a.sigma == b.sigma == pytest.approx(7.171, abs=1e-3)
+
+
+def test_a_lone_prompt_keeps_its_rating():
+    [s] = population_of((30, 2)).prompts
+    espl.update_ratings([s], [0.9], 3)
+    assert (s.mu, s.sigma) == (30, 2) and s.history == [dict(iteration=3, value=0.9, rank=0, mu=30, sigma=2)]
+
+
+@pytest.mark.parametrize("parents, mu, sigma", [
+    ([0], 30, math.sqrt(4 + 9)),
+    ([0, 1], (30 / 4 + 20 / 16) / (1 / 4 + 1 / 16), math.sqrt(1 / (1 / 4 + 1 / 16) + 9)),  # 28 and sqrt(12.2)
+    ([0, 1, 2], (30 / 4 + 20 / 16 + 10) / (1 / 4 + 1 / 16 + 1), math.sqrt(1 / (21 / 16) + 9)),
+])
+def test_child_inherits_its_rating(parents, mu, sigma):
+    population, log = population_of((30, 2), (20, 4), (10, 1)), evolution_log()
+    child = espl.add_child(population, ["new"], [population.prompts[i] for i in parents], "crossover", 5,
+                           espl.Config(delta_sigma=3.0), log)
+    assert (child.mu, child.sigma) == (pytest.approx(mu), pytest.approx(sigma)) and population.prompts[-1] is child
+    assert (child.id, child.operation, child.parents, child.iteration) == (3, "crossover", parents, 5)
+    assert "prompt 3" in log["crossover"]
+
+
+def test_a_child_equal_to_any_prompt_is_refused():
+    population, log = population_of((25, 8), (25, 8), max_pool_size=1), evolution_log()
+    for principles in (["principle 0"], None):
+        assert espl.add_child(population, principles, population.prompts[1:], "mutation", 1, espl.Config(), log) is None
+    assert len(population.prompts) == 2 and "nothing changed" in log["mutation"]
+
+
+def test_pool_is_first_in_first_out_and_records_stay():
+    population = population_of((25, 8), max_pool_size=3)
+    for i in range(4):
+        espl.add_child(population, [f"child {i}"], population.pool[-1:], "mutation", i, espl.Config(), evolution_log())
+    assert [s.id for s in population.pool] == [2, 3, 4] and [s.id for s in population.prompts] == [0, 1, 2, 3, 4]
+    assert [s.parents for s in population.prompts] == [[], [0], [1], [2], [3]]
+
+
+# ---- Reading operations ----
+
+ADD = '{"operation": "add", "principle": "x"}'
+FENCE = f"```json\n[{ADD}]\n```"
+
+
+@pytest.mark.parametrize("reply, principles", [
+    (f"I thought about it.\n\n{FENCE}\nThat is all.", ["x"]),
+    (f"[{ADD}]", ["x"]),
+    (f"The list:\n[\n  {ADD},\n  {ADD}\n]\nDone.", ["x", "x"]),
+    (f"```\n[{ADD}]\n```", ["x"]),
+    (FENCE.replace("\n", "\r\n"), ["x"]),
+    (FENCE.replace('"x"', '"draft"') + "\nBetter:\n" + FENCE, ["x"]),
+    (FENCE + "\n```python\nprint({'a': 1}, [])\n```", ["x"]),
+    (FENCE + "\n```python\nx = []\n```", ["x"]),
+    ('```python\ns = "\n```\n' + FENCE, ["x"]),
+    ("Set ``` before code.\n" + FENCE, ["x"]),
+    ('A 5" pipe.\n' + FENCE, ["x"]),
+    (f'A 5" pipe.\n[{ADD}]', ["x"]),
+    (f'A 5" pipe.\n[\n  {ADD}\n]', ["x"]),
+    (f"The set [{{1, 2}}] matters. [{ADD}] ends.", ["x"]),
+    (f"[{ADD[:-1]},}},]", ["x"]),
+    ('[ // first\n  {"operation": "add", // or modify\n   "principle": "x" # or y\n  }, # why\n]', ["x"]),
+    ('[{"operation": "add", "principle": "See http://a.b/c, C# code, #1 and // or /* so */"}]',
+     ["See http://a.b/c, C# code, #1 and // or /* so */"]),
+    ('[{"operation": "add", "principle": "commas ,] and ,} stay; {1, {2}} [3] ]}"}]',
+     ["commas ,] and ,} stay; {1, {2}} [3] ]}"]),
+    ('```json\n[{"operation": "add", "principle": "a ```fence``` inside"}]\n```', ["a ```fence``` inside"]),
+    ('[{"operation": "add", "principle": "0"}, {"operation": "add", "principle": "17"}]', ["0", "17"]),
+    ('[{"operation": "add", "principle": "line\nbreak\tand tab"}]', ["line\nbreak\tand tab"]),
+    ('[{"operation": "add", "principle": "a\x00b"}]', ["a\x00b"]),
+    ('[{"operation": "add", "principle": "\ud800 \\udc00"}]', ["\ud800 \udc00"]),
+    ('[{"operation": "add", "principle": "' + "long " * 4000 + '"}]', ["long " * 4000]),
+    (f'```json\n[{ADD}, {{"operation": "add", "principle": "cut of', ["x"]),
+    (f'[{ADD}, {{"operation": "add", "principle": "cut of', ["x"]),
+    (f'[{ADD}, {{"operation": "add", "principle": "cut of\\', ["x"]),
+    (f"[{ADD}, {{'operation': 'add', 'principle': 'y'}}]", ["x"]),
+    (f"<think>{FENCE.replace('x', 'z')}</think>{FENCE}", ["x"]),
+    (f"{FENCE.replace('x', 'z')}</think>{FENCE}", ["x"]),
+    ('{"operations": [' + ADD + "]}", ["x"]),
+    (f'[1, "a", null, [], {{}}, {{"no": 1}}, {ADD}, {{"operation": "add", "n": {"[" * 9999}{"]" * 9999}}}]', ["x"]),
+    (f'[{ADD}, {{"operation": "add", "n": {"9" * 5000}}}]', ["x"]),
+    ("[]", []), ("```json\n[]\n```", []), ("Nothing should change: [ ]\n", []), ("So **[]**.", []),
+    ("<think>hm</think>\n[]", []), (FENCE + "\nNo: []", ["x"]),
+    ("", None), ("Nothing should change.", None), ("We need [] to hold elements.", None), ("x = []", None),
+    ("[{'operation': 'add', 'principle': 'x'}]", None), ('[{"principle": "x"}]', None), ('["add", 1, null]', None),
+    (f"<think>{FENCE}</think>No change.", None), (f"<think>{FENCE}", None), (f"{FENCE}<think>but", None),
+])
+def test_parse_operations(reply, principles):
+    operations = espl.parse_operations(reply)
+    assert (operations and [op["principle"] for op in operations]) == principles
+    assert not operations or all(op["operation"] == "add" for op in operations)
+
+
+@pytest.mark.parametrize("written, read", [
+    *[(latex, latex) for latex in (  # backslashes that a model forgot to double
+        r"\frac{1}{2} \binom{n}{k} \times \theta \rho \sqrt{2} \(x\) \{1\} \pi \alpha",
+        r"\neq \ne \nu \nabla \not \ni \upsilon \underline{u} \bar \right \text \forall \union")],
+    (r"\\frac{1}{2} \\sqrt{2} \\(x\\) \\neq \\nu \\pi", r"\frac{1}{2} \sqrt{2} \(x\) \neq \nu \pi"),  # correct JSON
+    (r"\\\\ \\\sqrt \\", "\\\\ \\\\sqrt \\"),
+    (r"first\nsecond\n- third \"quoted\" a\/b caf\u00e9\t end\n", 'first\nsecond\n- third "quoted" a/b café\t end\n'),
+])
+def test_backslashes(written, read):
+    [op] = espl.parse_operations('```json\n[{"operation": "add", "principle": "' + written + '"}]\n```')
+    assert op["principle"] == read
+
+
+@pytest.mark.parametrize("unit", [
+    "{", "}", "[", "[{", "\\", '"', '\\"', '"\\', '{"', "`", "``` ", "/* ", "#", ", ", "[] ", "[]. x", " \n", "[\n"])
+def test_parse_takes_linear_time_(unit):
+    start = time.process_time()
+    espl.parse_operations(unit * (400_000 // len(unit)) + "a")
+    assert time.process_time() - start < 2
+
+
+# ---- Applying operations ----
+
+ALL_KINDS = ("add", "modify", "remove", "merge")
+G4 = {"G0": "zero", "G1": "one", "G2": "two", "G3": "three"}
+FOUR = list(G4.values())
+
+
+def applied(ops, principles=G4, kinds=ALL_KINDS, problems=(), **flags):
+    dropped = Counter()
+    return espl.apply_operations(principles, ops, kinds, list(problems), espl.Config(**flags), dropped), dict(+dropped)
+
+
+@pytest.mark.parametrize("ops, result", [
+    ([], FOUR),
+    ([add(" a\n b ")], [*FOUR, "a b"]),
+    ([modify("G1", "1!")], ["zero", "1!", "two", "three"]),
+    ([remove("G0")], ["one", "two", "three"]),
+    ([remove(i) for i in G4], []),
+    ([merge(["G1", "G3"], "m")], ["zero", "m", "two"]),
+    ([merge(["G3", "G1", "G3"], "m")], ["zero", "two", "m"]),  # in place of the first named
+    ([merge(["G0", "G1"], "m"), modify("G0", "n")], ["n", "two", "three"]),
+    ([add("a"), add("b"), remove("G2")], ["zero", "one", "three", "a", "b"]),
+])
+def test_apply_operations(ops, result):
+    assert applied(ops) == (result, {})
+
+
+@pytest.mark.parametrize("bad, reason", [
+    (operation("delete"), "unknown operation"), (operation("ADD"), "unknown operation"), ({}, "unknown operation"),
+    ("add", "unknown operation"), (None, "unknown operation"), (3, "unknown operation"), ([], "unknown operation"),
+    (modify("G9"), "unknown id"), (operation("modify"), "unknown id"),
+    (modify("B.G0"), "unknown id"), (modify("new 0"), "unknown id"),
+    (remove("G9"), "unknown id"), (operation("merge"), "unknown id"),
+    (merge("G0G1"), "unknown id"), (merge(["G0", "C7"]), "unknown id"),
+    *[(merge(ids), "merge of fewer than two") for ids in ([], ["G0"], ["G0", "G0"])],
+    (add(""), "no text"), (add(" \n"), "no text"), ({"operation": "add"}, "no text"),
+    (add(["x"]), "no text"), (modify("G0", None), "no text"),
+    (add("half a pair \ud83d"), "no text"), (add("a\x00b"), "no text"),
+    (add("w " * 9), "too long"), (add("w" * 97), "too long"),
+    (add("So compute 204 first"), "leaks a problem"),
+])
+def test_a_bad_operation_is_dropped_alone_and_counted(bad, reason):
+    good = [add("one two three four five six seven " + "w" * 62),  # 8 words and 96 characters just fit
+            modify("G3", "new")]
+    result, dropped = applied([good[0], bad, good[1]], max_principle_words=8, problems=[problem("?", "204")])
+    assert result == ["zero", "one", "two", "new", good[0]["principle"]] and dropped == {reason: 1}
+
+
+@pytest.mark.parametrize("garbage", [None, -1.5, True, [], [None], {}, {"a": []}, "", ["G0", {}], float("nan")])
+def test_garbage_in_any_field_never_raises(garbage):
+    fields = dict(operation="", principle="p", modified_from="G0", merged_from=["G0", "G1"], remove_id="G0")
+    for kind in (*ALL_KINDS, garbage):
+        for name in fields:
+            result, dropped = applied([fields | {"operation": kind} | {name: garbage}])
+            assert (result == FOUR) == bool(dropped)  # either it was harmless and done, or dropped and counted
+    assert applied([garbage]) == (FOUR, {"unknown operation": 1})
+
+
+def test_operations_see_the_ids_that_earlier_ones_left():
+    result, dropped = applied([merge(["G0", "G1"], "m"), modify("G1", "lost"), remove("G2"), remove("G2")])
+    assert result == ["m", "three"] and dropped == {"unknown id": 2}
+
+
+def test_operations_of_another_kind_are_not_allowed():
+    ops = [add(), remove("G0"), merge(["G0", "G1"])]
+    assert applied(ops, kinds=("modify",)) == (FOUR, {"unknown operation": 3})
+
+
+def test_crossover_ids_belong_to_set_a():
+    for wrong in ("G0", "B.G0", "a.g0", "A.G4", " A.G0"):
+        result, dropped = applied([modify(wrong)], espl.numbered(FOUR, "A."))
+        assert result == FOUR and dropped == {"unknown id": 1}
+    assert applied([modify("A.G0", "X")], espl.numbered(FOUR, "A."))[0] == ["X", *FOUR[1:]]
+
+
+def test_duplicates_and_the_cap_on_principles():
+    ops = [add(text) for text in ("ZERO", "a", "b", "A")]
+    result, dropped = applied(ops, max_principles=5)
+    assert [t.lower() for t in result] == [*FOUR, "a"] and dropped == {"duplicate": 2, "too many principles": 1}
+
+
+# ---- Leaks ----
+
+
+@pytest.mark.parametrize("principle, question, answer, leak", [
+    (f"Note: {WORDS_13.upper()}!", WORDS_13, "1", True),
+    ("x " + " - ".join(WORDS_13.split()[1:]) + " y", WORDS_13, "1", True),                   # any run of twelve
+    (" ".join(WORDS_13.split()[2:]) + " two one", WORDS_13, "1", False),                      # eleven in a row
+    ("Count " + " ".join(WORDS_13.split()[:12]), WORDS_13, "1", True),
+    ("If asked how many primes lie below fifty, sieve.", "How many primes lie below fifty?", "15", True),  # a short one
+    ("Primes lie below: sieve.", "Primes lie below?", "15", False),
+    ("The result is 204.", "?", "204", True), ("so x=204, then", "?", "204", True),
+    ("Use 2043 or 1204 or 204.5 or 1.204", "?", "204", False), ("reduce mod 100", "?", "204", False),
+    ("reduce mod 10", "?", "10", False), ("the answer 7", "?", "7", False), ("try 42", "?", "42", False),
+    ("try -42", "?", "-42", False), ("try 0.5", "?", "0.5", False), ("it is -420", "?", "-420", True),
+    ("it is 3.142", "?", "3.142", True), ("it is 1,024", "?", "1,024", True),
+    (r"prove \frac{1} {23}", "?", r"\frac{1}{23}", True),
+    ("use x^2+1", "?", "x^2+1", False), ("x^2+12", "?", "x^2+12", True),
+    ("Ask about Marie Curie.", "?", "Marie Curie", True), ("Ask about Marie.", "?", "Marie Curie", False),
+])
+def test_leaks(principle, question, answer, leak):
+    given = [problem("unrelated", "unrelated!"), problem(question, "no such answer", answer)]
+    assert espl.leaks(principle, given) is leak
+    kept, dropped = applied([add(principle)], problems=given)
+    assert (len(kept), dropped) == ((4, {"leaks a problem": 1}) if leak else (5, {}))
+    assert len(applied([add(principle)], problems=given, allow_leaks=True)[0]) == 5
+
+
+# ---- Mutation ----
+
+
+def group(name, rewards):
+    x = espl.Problem(name, f"question {name}", (f"truth-{name}",))
+    return espl.Group(x, [f"{name}{j}" for j in range(len(rewards))], rewards)
+
+
+GROUPS = [group("a", [1, 0]), group("b", [0, 0]), group("c", [-0.1, 1.0]), group("d", [1, 1])]
+PARENT = espl.SystemPrompt(4, ["zero", "one"])
+
+
+def test_mutation_summarises_criticises_aggregates_applies(math_task):
+    ask = Reflector(
+        summarize=["sum a0", "sum a1", "sum c0", "sum c1"],
+        critique=[reply_of(add("add 0"), add("add 1"), add("beyond K_ops")),
+                  reply_of(modify("G7", "bad"), merge(["G0", "G1"]),
+                              modify("G1", "better one"), add("add c"))],
+        aggregate=[reply_of(merge(["G0", "C2"], "zero and c"), add("not here"),
+                               modify("G1", "better one"))])
+    log = evolution_log()
+    child = espl.mutate(PARENT, GROUPS, ask, math_task, espl.Config(), log)
+    assert child == ["zero and c", "better one", "add 0", "add 1"] and log["parse_failures"] == 0
+    assert +log["dropped"] == {"beyond K_ops": 1, "unknown id": 1, "unknown operation": 2}
+    assert [r for r, _ in ask.asked] == ["summarize"] * 4 + ["critique"] * 2 + ["aggregate"]
+    listed = "[G0] zero\n[G1] one"
+    assert ask.requests("summarize") == [
+        dict(problem=f"question {name[0]}", answer=f"truth-{name[0]}", principles=listed, response=name, grade=grade)
+        for name, grade in (("a0", "correct"), ("a1", "wrong"), ("c0", "wrong"), ("c1", "correct"))]  # -0.1 is wrong
+    assert ask.requests("critique") == [
+        dict(problem=f"question {x}", answer=f"truth-{x}", principles=listed, max_operations="2", attempts=attempts)
+        for x, attempts in (("a", "Attempt 1 (correct):\nsum a0\n\nAttempt 2 (wrong):\nsum a1"),
+                            ("c", "Attempt 1 (wrong):\nsum c0\n\nAttempt 2 (correct):\nsum c1"))]
+    assert ask.requests("aggregate") == [
+        dict(principles=listed + "\n[C0] add 0\n[C1] add 1\n[C2] add c", suggestions="[G1] -> better one")]
+
+
+@pytest.mark.parametrize("reflect_on, names", [("contrast", "ac"), ("failures", "abc"), ("all", "abcd")])
+def test_mutation_reflects_on(math_task, reflect_on, names):
+    ask = Reflector(summarize=["s"] * 8, critique=["[]"] * 4)
+    log = evolution_log()
+    assert espl.mutate(PARENT, GROUPS, ask, math_task, espl.Config(reflect_on=reflect_on), log) is None
+    assert [s["problem"] for s in ask.requests("critique")] == [f"question {x}" for x in names]
+    assert "no valid proposal" in log["mutation"] and log["parse_failures"] == 0  # [] is an answer: not asked again
+
+
+@pytest.mark.parametrize("critiques, plans, child, failures, why", [
+    (["?", f"[{ADD}]"], ["[]"], ["zero", "one", "x"], 0, "none"),                       # second try; empty plan
+    (["?", "?"], [], None, 1, "no valid proposal"),
+    (["", reply_of(remove("G0"))], [], None, 0, "no valid proposal"),
+    ([f"[{ADD}]"], ["?", "```json\n[]\n```"], ["zero", "one", "x"], 0, "none"),
+    ([f"[{ADD}]"], ["?", "<think>[]"], None, 1, "did not parse"),
+    ([reply_of(modify("G1", "1"))], ["[]"], ["zero", "one"], 0, "none"),  # the plan decides
+])
+def test_mutation_asks_once_more(math_task, critiques, plans, child, failures, why):
+    ask, log = Reflector(summarize=["s"] * 2, critique=critiques, aggregate=plans), evolution_log()
+    assert espl.mutate(PARENT, GROUPS[:2], ask, math_task, espl.Config(), log) == child
+    assert len(ask.requests("critique")) == len(critiques) and len(ask.requests("aggregate")) == len(plans)
+    assert log["parse_failures"] == failures and why in log["mutation"]
+
+
+def test_only_unreadable_replies_are_asked_again(math_task):
+    ask, log = Reflector(critique=["[]", "?", f"[{ADD}]", f"[{ADD}]"]), evolution_log()
+    slots = [dict.fromkeys(espl.SLOTS["critique"], name) for name in "abc"]
+    parsed = espl.ask_operations(ask, math_task, "critique", slots, log)
+    assert [ops and ops[0]["principle"] for ops in parsed] == [[], "x", "x"]
+    assert ask.requests("critique") == [*slots, slots[1]]
+
+
+def test_mutation_without_contrast_asks_nothing(math_task):
+    log = evolution_log()
+    assert espl.mutate(PARENT, [GROUPS[1], GROUPS[3]], None, math_task, espl.Config(), log) is None
+    assert "no problem to reflect on (contrast)" in log["mutation"]
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_mutation_drops_leaks_of_proposal_and_plan(math_task, allow):
+    ask = Reflector(summarize=["s"] * 2, critique=[reply_of(add("It is truth-a"), add("fine"))],
+                    aggregate=[reply_of(modify("G0", "Say truth-a"))])
+    log = evolution_log()
+    child = espl.mutate(PARENT, GROUPS[:1], ask, math_task, espl.Config(allow_leaks=allow), log)
+    assert child == (["Say truth-a", "one", "It is truth-a", "fine"] if allow else ["zero", "one", "fine"])
+    assert log["dropped"]["leaks a problem"] == (0 if allow else 2)
+
+
+# ---- Crossover ----
+
+
+@pytest.mark.parametrize("values, best, parents", [
+    ([[0.9, 0.1, 0.5], [0.2, 0.8, 0.5], [0.2, 0.1, 0.6]], 0, {0: [0], 1: [1], 2: [2]}),
+    ([[0.9, 0.1, 0.9], [0.2, 0.8, 0.5]], 0, {0: [0, 2], 1: [1]}),
+    ([[0.1, 0.9], [0.8, 0.5]], 1, {1: [0], 0: [1]}),                             # the best one first
+    ([[0.9, 0.28], [0.2, 0.29]], 0, {0: [0], 1: [1]}),                            # .01 above is enough
+    ([[0.9, 0.511], [0.2, 0.52]], 0, {}),                                         # .009 is not
+    ([[0.9, 0.5, 0.1], [0.2, 0.5, 0.7], [0.2, 0.5, 0.7]], 0, {}),                 # shared wins are nobody's
+    ([[0.5, 0.5], [0.9, 0.4], [0.4, 0.9]], 0, {}),                                # the best one must win a problem
+    ([[0.9, 0.9], [0.1, 0.1]], 0, {}),                                            # and so must another
+])
+def test_crossover_parents(values, best, parents):
+    result = espl.crossover_parents(np.array(values), best)
+    assert result == parents and list(result) == list(parents)
+
+
+def crossover_of(math_task, *replies, rewards=((0.0, 1.0), (1.0, 0.2), (0.5, 0.2)), best=1):
+    prompts = [espl.SystemPrompt(10 + i, p) for i, p in enumerate([["b zero"], ["a zero", "a one"], ["c"]])]
+    attempts = [[group(f"q{b}", [r]) for b, r in enumerate(row)] for row in rewards]
+    ask, log = Reflector(crossover=replies), evolution_log()
+    return espl.crossover(prompts[:len(rewards)], attempts, best, ask, math_task, espl.Config(), log), ask, log
+
+
+def test_crossover_edits_set_a(math_task):
+    ops = [modify("A.G0", "a zero, improved"), modify("B.G0", "no"),
+           add("from b"), merge(["A.G0", "A.G1"]), add("truth-q1"),
+           remove("A.G1")]
+    (child, parents), ask, log = crossover_of(math_task, "Reasons [A.G0].\n" + json.dumps(ops))
+    assert child == ["a zero, improved", "from b"] and [s.id for s in parents] == [11, 10]
+    assert +log["dropped"] == {"unknown id": 1, "unknown operation": 1, "leaks a problem": 1}
+    assert ask.requests("crossover") == [dict(
+        sets="Set A:\n[A.G0] a zero\n[A.G1] a one\n\nSet B:\n[B.G0] b zero",
+        wins="Problems that set A did best on:\n\nProblem 0: question q0\n\n"
+             "Problems that set B did best on:\n\nProblem 1: question q1")]
+
+
+def test_crossover_without_edits_makes_no_child(math_task):
+    (child, parents), _, log = crossover_of(math_task, "[]")
+    population = espl.Population(parents, 200)
+    assert espl.add_child(population, child, parents, "crossover", 1, espl.Config(), log) is None
+    assert len(population.prompts) == 2 and "nothing changed" in log["crossover"]
+
+
+def test_crossover_that_does_not_parse_or_apply(math_task):
+    result, ask, log = crossover_of(math_task, "?", "still nothing")
+    assert result is None and len(ask.asked) == 2 and log["parse_failures"] == 1 and "did not parse" in log["crossover"]
+    for rewards in (((1.0, 0.2),), ((1.0, 0.2), (1.0, 0.2))):
+        result, ask, log = crossover_of(math_task, rewards=rewards, best=0)
+        assert result is None and not ask.asked and "strictly" in log["crossover"]
+
+
+# ---- pass@k ----
+
+
+def test_pass_at_k_is_the_share_of_lucky_subsets():
+    for n in range(1, 7):
+        for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
+            assert espl.pass_at_k(correct, n, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+# ======================================================================================================================
+# 3. Grading: expected verdicts are worked out by hand, never by the grader
+# ======================================================================================================================
+
+
+def grade(gold, answer):
+    golds = gold if isinstance(gold, tuple) else (gold,)
+    [(reward, outcome)] = espl.grade_math([(espl.Problem("p", "q", golds), rf"So it is \boxed{{{answer}}}.")])
+    assert reward == (1.0 if outcome == "correct" else 0.0)
+    return outcome
+
+
+def grade_answers(golds_and_answers):
+    pairs = [(espl.Problem("p", "q", (gold,)), rf"\boxed{{{answer}}}") for gold, answer in golds_and_answers]
+    return [outcome for _, outcome in espl.grade_math(pairs)]
+
+
+@pytest.mark.parametrize("text, content", [
+    (r"\boxed{1} then \boxed{\frac{1}{\sqrt{2}}} end}", r"\frac{1}{\sqrt{2}}"),  # last wins, nested braces
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # an escaped brace needs no partner
+    (r"\boxed{a\\}}", r"a\\"),  # a line break, then a true brace
+    (r"\boxed{5 or \boxed{6}}", "6"),
+    (r"\boxed {7}", "7"),
+    (r"\boxed{}", ""),
+    (r"\boxed{3} and \boxed{4", None),  # no falling back to an earlier box
+    (r"\fbox{3}, \boxed 3, boxed{3}", None),
+    (r"\boxed" + "{" * 10**6 + "}" * 10**6, "{" * (10**6 - 1) + "}" * (10**6 - 1)),
+    (r"\boxed{" * 10**6, None),
+], ids=range(11))
+def test_last_boxed(text, content):
+    start = time.process_time()
+    assert espl.last_boxed(text) == content
+    assert time.process_time() - start < 5  # quadratic work on a million braces takes minutes
+
+
+def test_only_the_text_after_thinking_is_graded():
+    assert espl.final_text("plain") == "plain"
+    assert espl.final_text("<think>a</think>b<think>c</think>d") == "d"
+    assert espl.final_text("opened by the prompt</think>d") == "d"
+    assert espl.final_text("<think>cut off") == espl.final_text("<think>a</think>b<think>cut off") == ""
+    problem = espl.Problem("p", "q", ("3",))
+    texts = [r"<think>\boxed{3}</think>Hm.", r"<think>\boxed{3}", r"<think>\boxed{4}</think>\boxed{3}", r"\boxed{ }"]
+    assert [o for _, o in espl.grade_math([(problem, t) for t in texts])] == ["no_answer"] * 2 + ["correct", "no_answer"]
+
+
+def test_integers_need_no_process(monkeypatch):
+    monkeypatch.setattr(espl.subprocess, "run", lambda *_, **__: pytest.fail("math-verify was asked"))
+    for gold, answer in [("42", "042"), ("1000", "1,000"), ("50,\\!625", "50625"), ("10{,}000", "10\\,000"),
+                         ("-7", " $-7$. "), ("7", "+7"), ("0", "-0"), ("9" * 500, "9" * 500), (("1", "2"), "2")]:
+        assert grade(gold, answer) == "correct", (gold, answer)
+    for gold, answer in [("42", "43"), ("42", "-42"), ("1000", "1"), ("9" * 500, "9" * 499 + "8"), ("3", "3" * 5000)]:
+        assert grade(gold, answer) == "wrong", (gold, answer)
+
+
+EQUAL = [(r"\frac{3}{8}", "3/8"), (r"\frac{3}{8}", r"$\dfrac{6}{16}$."), (r"1\frac14", "1.25"), (r"\sqrt{8}", r"2\sqrt2"),
+         (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), (r"4a-2", "2(2a - 1)"), ("5", "x = 5"), ("5", r"\frac{10}{2}"),
+         ("120", r"5!"), (r"(1, \frac{\pi}{2})", r"\left(1, \pi/2\right)"), ("1, 2, 3", r"\{3, 2, 1\}"),
+         ("[0, 1)", r"\left[0, 1\right)"), (r"(-\infty, 0) \cup [2, 3]", r"[2, 3] \cup (-\infty, 0)"), (r"25\%", "25"),
+         (r"120^\circ", "120"), (r"\$6", "6.00"), ("100", r"100\text{ square units}"), ("C", r"\text{(C)}")]
+UNEQUAL = [(r"\frac{3}{8}", r"\frac{8}{3}"), (r"\frac13", "0.333"), (r"2\sqrt3", "3.4641"), (r"\pi", "3.14"),
+           ("(1, 2)", "(2, 1)"), ("(1, 2)", "[1, 2]"), ("1, 2", "1, 2, 3"), ("6", r"5 \text{ or } 6"), ("6", "$5$ or $6$"),
+           ("42", "the value) is ( 42"), ("42", "7 ^ ^ 42"), ("x+1", "x-1"), ("5", r"\text{five}"), ("5", "1/0"),
+           (r"\text{no}", r"\text{yes}")]
+
+
+def test_equal_and_unequal_answers_in_another_form():
+    verdicts = dict(zip(EQUAL + UNEQUAL, grade_answers(EQUAL + UNEQUAL)))  # in order, though two processes share the work
+    assert verdicts == dict.fromkeys(EQUAL, "correct") | dict.fromkeys(UNEQUAL, "wrong")
+
+
+def test_any_of_several_answers_will_do():
+    for answer, outcome in [("7", "correct"), ("0.5", "correct"), ("x", "correct"), ("8", "wrong"), ("y", "wrong")]:
+        assert grade(("7", r"\frac{1}{2}", "x"), answer) == outcome
+
+
+def descendants_memory():
+    """Resident bytes of all processes below this one, from /proc."""
+    parents, memory = {}, {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, ValueError):  # ended meanwhile
+            parents[int(pid)] = int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+            memory[int(pid)] = int(open(f"/proc/{pid}/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    found = [os.getpid()]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return sum(memory.get(pid, 0) for pid in found[1:])
+
+
+def measured(answers):
+    """Outcomes, seconds and peak bytes of grading, outside the main thread, where Python allows no signals."""
+    outcomes, peak, start = [], 0, time.monotonic()
+    thread = threading.Thread(target=lambda: outcomes.extend(grade_answers([("7", a + " ") for a in answers])))
+    thread.start()
+    while thread.is_alive():
+        peak = max(peak, descendants_memory())
+        time.sleep(0.02)
+    return outcomes, time.monotonic() - start, peak
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="memory is read from /proc")
+def test_hostile_answers_are_cheap_and_leave_the_others_alone(monkeypatch):
+    monkeypatch.setattr(espl, "GRADE_SECONDS", 1)
+    slow = ["9^{9^{9^9}}", "10^{10^{10}}", "((9!)!)!", r"\binom{10^9}{5\cdot10^8}"]
+    hungry = ["2^{10^9}", "(x+y+z+w)^{500}", "x^{1000000}-1=(x-1)^{1000000}"]
+    deep = [r"\frac{1}{" * 500 + "2" + "}" * 500, r"\frac1{" * 120 + "2" + "}" * 120, "(" * 400 + "1" + ")" * 400]
+    odd = ["\x00", "5\x00", "\ud800", "5\ud800\udfff", "\\" * 900, "$" * 900, "%", "\n5\r\n\u2028", "1e1000000000"]
+    answers = slow + hungry + deep + odd
+    outcomes, seconds, peak = measured(answers + [r"\frac{14}{2}", r"\frac{15}{2}"])
+    assert outcomes[: len(slow)] == ["timeout"] * len(slow)
+    assert set(outcomes[:-2]) <= {"wrong", "timeout", "error", "no_answer"} and outcomes[-2:] == ["correct", "wrong"]
+    assert seconds < len(answers) + 20
+    assert 100e6 < peak < 1e9  # the lower bound shows that the processes were seen
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="memory is read from /proc")
+def test_memory_is_limited(monkeypatch):
+    monkeypatch.setattr(espl, "GRADE_BYTES", 250 * 2**20)
+    outcomes, _, peak = measured(["x^{1000000}-1=(x-1)^{1000000}"])  # takes 1.4 GB when it can
+    assert outcomes[0] != "correct" and 100e6 < peak < 500 * 2**20
+
+
+def test_time_is_limited():
+    outcomes, seconds, _ = measured(["9^{9^{9^9}}"])
+    assert outcomes == ["timeout"] and 4.5 < seconds < 10
+
+
+def test_without_math_verify_the_outcome_is_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no such package')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert grade_answers([(r"\frac12", "0.5"), ("5", "5"), (r"\frac12", "1/2")]) == ["error", "correct", "error"]
+    assert capsys.readouterr().err.count("pip install math-verify") == 2  # once for each of the two processes
+
+
+def make_tiny_model(directory, seed=0) -> str:
+    """A random Llama in Hugging Face layout (config, weights, tokenizer): one layer, 64 words, some of them answers."""
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    D, F, V, rng = 16, 32, 64, np.random.default_rng(seed)
+    words = ["<unk>", "<s>", "</s>", "system", "user", "assistant", "problem", "\u2028"] + [str(n) for n in range(10)]
+    words += [f"\\boxed{{{'0' * zeros}{n}}}" for n in range(4) for zeros in range(3)]
+    words += [f"w{n}" for n in range(V - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "<s> {% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}assistant"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+                            chat_template=template).save_pretrained(directory)
+    config = dict(model_type="llama", hidden_size=D, intermediate_size=F, vocab_size=V, num_hidden_layers=1,
+                  num_attention_heads=2, num_key_value_heads=1, head_dim=8, hidden_act="silu", rms_norm_eps=1e-5,
+                  max_position_embeddings=128, rope_theta=1e4, tie_word_embeddings=True, eos_token_id=[2, 5])
+    (Path(directory) / "config.json").write_text(json.dumps(config))
+    shapes = {n: (D,) for n in ("norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm")}
+    shapes |= {f"layers.0.self_attn.{n}_proj": s for n, s in dict(q=(D, D), k=(8, D), v=(8, D), o=(D, D)).items()}
+    shapes |= {f"layers.0.mlp.{n}_proj": s for n, s in dict(gate=(F, D), up=(F, D), down=(D, F)).items()}
+    save_file({f"model.{n}.weight": rng.normal(len(s) == 1, 0.3, s).astype(np.float32)
+               for n, s in (shapes | {"embed_tokens": (V, D)}).items()}, Path(directory) / "model.safetensors")
+    return str(directory)
+
+
+PROMPTS = """[system]\nw1 w2\n\nw3 {principles}\n[principles]\n
+[summarize]\n{problem} {principles} {response} {grade} {answer}
+[critique]\n{problem} {principles} {attempts} {answer} {max_operations}
+[aggregate]\n{principles} {suggestions}\n[crossover]\n{sets} {wins}\n"""
+KEYS = set("reward_mean rewards ratings contrast_groups response_tokens truncated outcomes".split())
+RL_KEYS = set("loss grad_norm entropy ratio_mean ratio_max sampler_gap kl trained_rollouts trained_tokens".split())
+EVOLUTION_KEYS = set("mutation crossover parse_failures unanswered dropped".split())
+
+
+def write_jsonl(path, records) -> str:
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+def read_lines(run, name):
+    return [json.loads(line) for line in (run.directory / name).read_text(encoding="utf-8").rstrip("\n").split("\n")]
+
+
+def metrics(run):
+    """metrics.jsonl without what depends on the clock."""
+    clock = ("seconds", "rollout_tokens_per_second")
+    return [{k: v for k, v in m.items() if k not in clock} for m in read_lines(run, "metrics.jsonl")]
+
+
+def prompts_of(run):
+    return json.loads((run.directory / "population.json").read_text())
+
+
+def equal(a, b) -> bool:
+    """Bitwise equality of two trees of arrays."""
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))
+
+
+def fake_parse(reply):
+    """Any reply becomes an operation, so that a random model evolves its prompts."""
+    return [{"operation": "add", "principle": f"w{zlib.crc32(reply.encode()) % 1000} {reply[:9]}"}]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Directory of a tiny model, twelve training and three test problems, and short requests."""
+    d = tmp_path_factory.mktemp("world")
+    make_tiny_model(d / "model")
+    problems = [{"problem": f"problem w{i} {i}", "answer": i % 4} for i in range(15)]
+    write_jsonl(d / "train.jsonl", problems[:12])
+    write_jsonl(d / "test.jsonl", problems[12:])
+    write_jsonl(d / "prompts.txt", [PROMPTS])
+    return d
+
+
+def flags(world, directory, **changes) -> list[str]:
+    """Command line of a tiny run; a change to None leaves a flag out."""
+    given = dict(train_file=world / "train.jsonl", test_file=world / "test.jsonl", prompts_file=world / "prompts.txt",
+                 model=world / "model", run_dir=directory, batch_size=4, num_rollouts=5, max_new_tokens=12, slots=8,
+                 reflect_tokens=16, temperature=1.0, top_p=1.0, lora_rank=2, iterations=3, test_samples=2, val_size=2,
+                 learning_rate=0.05, max_principles=12, p_crossover=1.0, compile_cache="") | changes
+    return [a for k, v in given.items() if v is not None for a in ("--" + k.replace("_", "-"), str(v))]
+
+
+def play(argv, code=0, **patches):
+    """main(argv) with parts of espl replaced; returns its Run."""
+    runs, start_run = [], espl.start_run
+    own = {"parse_operations": fake_parse, "start_run": lambda config: runs.append(start_run(config)) or runs[0]}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (own | patches).items():
+            patch.setattr(espl, name, value, raising=False)
+        assert espl.main([str(a) for a in argv]) == code
+    return runs[0]
+
+
+@pytest.fixture(scope="module")
+def run_of(world):
+    """run_of(mode): a finished run of three iterations, made once."""
+    runs = {}
+    return lambda mode: runs.get(mode) or runs.setdefault(mode, play(flags(world, world / mode, mode=mode)))
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", espl.MODES)
+def test_run_directory(run_of, mode):
+    run, learns, evolves = run_of(mode), mode in ("espl", "rl"), mode != "rl"
+    names = {p.name for p in run.directory.iterdir()}
+    assert names - {"best"} == {"config.json", "metrics.jsonl", "population.json", "rollouts.jsonl", "checkpoints",
+                                "curves.png"} | set(["reflections.jsonl"] * evolves)
+    assert (run.directory / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert json.loads((run.directory / "config.json").read_text())["mode"] == mode
+    lines, rollouts = read_lines(run, "metrics.jsonl"), read_lines(run, "rollouts.jsonl")
+    assert [m["iteration"] for m in lines] == [0, 1, 2, 3]
+    assert all({"val", "test", "val_pass@1", "test_pass@2", "prompt"} <= lines[i].keys() for i in (0, 3))
+    for m in lines[1:]:
+        assert m["rollout_tokens_per_second"] > 0
+        assert m.keys() >= KEYS | (RL_KEYS if learns else set()) | (EVOLUTION_KEYS if evolves else set())
+        assert m["seconds"].keys() >= {"sample", "grade"} | set(["update"] * learns + ["reflect"] * evolves)
+        made = [r for r in rollouts if r["iteration"] == m["iteration"] and r["split"] == "train"]
+        assert len(made) == 3 * 4 * 5                                               # M B N in every mode
+        assert set(Counter(r["problem"] for r in made).values()) == {15}            # spread evenly over the batch
+        by_prompt = defaultdict(list)
+        for r in made:
+            by_prompt[str(r["prompt"])].append(r["reward"])
+            assert 0 <= r["tokens"] <= 12 and (r["reward"] == 1) == (r["outcome"] == "correct")
+        assert m["rewards"] == pytest.approx({s: np.mean(r) for s, r in by_prompt.items()})
+        assert m["response_tokens"] == pytest.approx(np.mean([r["tokens"] for r in made]))
+        assert m["truncated"] == pytest.approx(np.mean([r["stop"] == "length" for r in made]))
+        assert m["outcomes"] == Counter(r["outcome"] for r in made)
+    assert 0 < np.mean([m["reward_mean"] for m in lines[1:]]) < 1  # else these tests would show nothing
+
+
+@pytest.mark.parametrize("mode", espl.MODES)
+def test_what_learns(run_of, mode):
+    run, prompts, lines = run_of(mode), prompts_of(run_of(mode)), metrics(run_of(mode))
+    assert equal(run.policy.theta, run.policy.theta_ref) == (mode in ("evolution", "reflection"))
+    if mode == "rl":
+        assert len(prompts) == 1 and all(list(m["rewards"]) == ["0"] for m in lines[1:])
+        return
+    assert len(prompts) >= 3 and [s["id"] for s in prompts] == list(range(len(prompts)))
+    for m in lines[1:]:
+        known = [str(s["id"]) for s in prompts if s["iteration"] < m["iteration"]]
+        assert len(m["rewards"]) == (1 if mode == "reflection" else min(3, len(known)))
+        assert mode != "reflection" or list(m["rewards"]) == known[-1:]             # the newest
+    for s in prompts[1:]:
+        m = lines[s["iteration"]]
+        best, rating = max(m["rewards"].values()), m["ratings"][str(s["id"])]
+        assert m["rewards"][str(s["parents"][0])] == best and m[s["operation"]].startswith(f"prompt {s['id']} from")
+        mus, sigmas = np.array([m["ratings"][str(p)] for p in s["parents"]]).T
+        assert len(mus) > 1 if s["operation"] == "crossover" else len(mus) == 1
+        assert rating == pytest.approx([np.average(mus, weights=sigmas**-2), (1 / sum(sigmas**-2) + 1) ** 0.5])
+    assert mode != "evolution" or {s["operation"] for s in prompts} == {"root", "mutation", "crossover"}
+    assert all(h["value"] == lines[h["iteration"]]["rewards"][str(s["id"])] for s in prompts for h in s["history"])
+    assert any(m.get("dropped", {}).get("unknown operation") for m in lines)        # "add" in a revision plan
+
+
+def test_missing_prompts_leave_their_rollouts_to_the_others(run_of):
+    """With two prompts of M = 3 and N = 5 each problem gets 8 + 7 rollouts."""
+    rollouts = [r for r in read_lines(run_of("evolution"), "rollouts.jsonl") if r["split"] == "train"]
+    for iteration, expected in ((1, [15]), (2, [7, 8]), (3, [5, 5, 5])):
+        counts = Counter((r["prompt"], r["problem"]) for r in rollouts if r["iteration"] == iteration)
+        assert sorted(counts.values()) == sorted(4 * expected)
+
+
+def test_reflections_are_recorded(run_of):
+    lines = read_lines(run_of("evolution"), "reflections.jsonl")
+    asked = Counter(r["request"] for r in lines if r["iteration"] == 1)
+    assert {r["request"] for r in lines} == {"summarize", "critique", "aggregate", "crossover"}
+    assert asked["summarize"] == 15 * asked["critique"] > 0                         # one a rollout, one a problem
+    assert all(r["prompt"] and isinstance(r["reply"], str) for r in lines)
+
+
+def test_the_seed_decides_everything(world, tmp_path):
+    chance = dict(num_prompts=2, num_rollouts=4, selection="softmax", selection_temperature=20,
+                  p_crossover=0.5, iterations=4)
+    first, same = (play(flags(world, tmp_path / name, **chance)) for name in ("first", "same"))
+    other = play(flags(world, tmp_path / "other", seed=1, iterations=1))
+    assert metrics(first) == metrics(same) and prompts_of(first) == prompts_of(same)
+    assert read_lines(first, "rollouts.jsonl") == read_lines(same, "rollouts.jsonl")
+    assert equal((first.policy.theta, first.opt_state), (same.policy.theta, same.opt_state))
+    answers = [[r["response"] for r in read_lines(run, "rollouts.jsonl") if r["split"] == "test" and r["iteration"] == 0]
+               for run in (first, other)]  # of the same model to the same problems
+    assert answers[0] != answers[1] and first.task.train != other.task.train
+
+
+def test_the_test_set_never_selects(world, run_of, tmp_path):
+    answers = [{"problem": p.question, "answer": int(p.answer) ^ 1} for p in espl.read_jsonl(str(world / "test.jsonl"))]
+    one = run_of("espl")
+    two = play(flags(world, tmp_path / "run", test_file=write_jsonl(tmp_path / "test.jsonl", answers)))
+    tests = [[r["reward"] for r in read_lines(run, "rollouts.jsonl") if r["split"] == "test"] for run in (one, two)]
+    assert tests[0] != tests[1] and equal(one.policy.theta, two.policy.theta)
+    assert [s | {"scores": 0} for s in prompts_of(one)] == [s | {"scores": 0} for s in prompts_of(two)]
+    assert espl.summary(one)["picked_iteration"] == espl.summary(two)["picked_iteration"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("save_every, stop", [(1, KeyboardInterrupt), (2, Killed)])
+def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop):
+    """Stopped after iteration 3 of 4, with debris in the logs; validation always improves, so `best` is written."""
+    sample_groups, print_line, broken = espl.sample_groups, espl.print_line, tmp_path / "broken"
+
+    def improving(run, pairs, split, iteration):
+        groups = sample_groups(run, pairs, split, iteration)
+        for g in groups if split == "val" else ():
+            g.rewards = [iteration / 10] * len(g.rewards)
+        return groups
+
+    def stopping(run, m, last):
+        print_line(run, m, last)
+        if m["iteration"] == 3:
+            raise stop
+
+    argv = dict(iterations=4, eval_every=1, save_every=save_every, num_rollouts=3)
+    whole = play(flags(world, tmp_path / "whole", **argv), sample_groups=improving)
+    try:
+        play(flags(world, broken, **argv), 130, sample_groups=improving, print_line=stopping)
+        assert f"--resume {broken}" in capsys.readouterr().err
+    except Killed:
+        pass
+    with open(broken / "rollouts.jsonl", "a") as f:
+        f.write('{"iteration": 4, "split": "train"}\n')
+    with open(broken / "metrics.jsonl", "a") as f:
+        f.write('{"iteration": 4, "reward_mean": 0.')
+    resumed = play(["--resume", broken], sample_groups=improving)
+    assert metrics(resumed) == metrics(whole) and prompts_of(resumed) == prompts_of(whole)
+    for name in ("rollouts.jsonl", "reflections.jsonl"):
+        assert (broken / name).read_bytes() == (whole.directory / name).read_bytes()
+    assert "\u2028" in (broken / "rollouts.jsonl").read_text()  # ends a line for str.splitlines, but not a record
+    assert equal((resumed.policy.theta, resumed.opt_state), (whole.policy.theta, whole.opt_state))
+    assert resumed.evaluations == whole.evaluations
+    assert [p.name for p in (broken / "best").iterdir() if p.name.isdigit()] == ["4"]
+
+
+# ---- what must not end a run, and what must --------------------------------------------------------------------------
+
+
+def test_a_batch_without_signal_is_a_logged_no_op(world, tmp_path):
+    hopeless = write_jsonl(tmp_path / "t.jsonl", [{"problem": f"problem {i}", "answer": 77} for i in range(5)])
+    run = play(flags(world, tmp_path / "run", train_file=hopeless, iterations=1, val_size=0))
+    m = metrics(run)[1]
+    assert m["skipped"] and "loss" not in m and m["mutation"].startswith("none") and m["crossover"].startswith("none")
+    assert equal(run.policy.theta, run.policy.theta_ref) and "val" not in m
+    assert espl.summary(run)["test_picked_by_val"] is None
+
+
+def fail(*_, **__):
+    raise RuntimeError("it broke\nbadly")
+
+
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("part, warning", [
+    ("draw_curves", "it broke"), ("open", "No space left"), ("grade_math", "it broke")])
+def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
+    generate = espl.generate
+    reflection_fails = lambda *a: (fail if "reflecting" in a[-1] else generate)(*a)
+    patches = {"open": dict(open=full_disk), "grade_math": dict(grade_math=fail),
+               "draw_curves": dict(draw_curves=fail, generate=reflection_fails)}
+    run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
+    assert warning in error and "badly" not in error and run.population.prompts[0].history
+    assert equal(run.policy.theta, run.policy.theta_ref) == (part == "grade_math")
+    if part == "draw_curves":
+        assert metrics(run)[1]["mutation"] == "failed: it broke" and len(prompts_of(run)) == 1
+    if part == "grade_math":
+        assert metrics(run)[1]["outcomes"] == {"error": 60}
+
+
+def test_interrupted_from_outside(world, tmp_path):
+    """Ctrl-C in another process, before the first checkpoint; the command that it names continues the run."""
+    command = [sys.executable, "-u", espl.__file__, *flags(world, tmp_path / "run", iterations=1)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any("writing" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.strip().split("\n")[-1].endswith(f"python espl.py --resume {tmp_path / 'run'}")
+    assert [m["iteration"] for m in metrics(play(["--resume", tmp_path / "run"]))] == [0, 1]
+
+
+def test_interrupted_while_loading(world, tmp_path, monkeypatch, capsys):
+    def interrupt(config):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(espl, "load_engine", interrupt)
+    assert espl.main(flags(world, tmp_path / "run")) == 130
+    assert "interrupted" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def model(world, path, name="config.json", text=None, **changes):
+    """A copy of the tiny model with another config.json, or another file altogether."""
+    shutil.copytree(world / "model", path)
+    config = json.loads((path / "config.json").read_text())
+    (path / name).write_text(text or json.dumps(config | changes))
+    return path
+
+
+def file(d, *records):
+    return write_jsonl(d / "f.jsonl", records)
+
+
+GOOD, LONG = {"problem": "p", "answer": "1"}, [{"problem": "w1 " * 200 + str(i), "answer": 1} for i in range(4)]
+BAD = {  # name: (function of world and scratch directory -> changed flags, what the message says)
+    "batch_size": (lambda w, d: dict(batch_size=0), "--batch-size 0: must be at least 1"),
+    "top_p": (lambda w, d: dict(top_p=1.5), "--top-p 1.5: .*at most 1"),
+    "nan": (lambda w, d: dict(temperature="nan"), "--temperature nan"),
+    "loss": (lambda w, d: dict(loss="foo"), "--loss.*foo"),
+    "not a number": (lambda w, d: dict(num_rollouts="x"), "--num-rollouts.*x"),
+    "unknown flag": (lambda w, d: dict(no_such_flag=1), "no-such-flag"),
+    "no task": (lambda w, d: dict(train_file=None, test_file=None), "--task"),
+    "no test file": (lambda w, d: dict(test_file=None), "--test-file"),
+    "missing file": (lambda w, d: dict(train_file=d / "none.jsonl"), r"cannot read .*none\.jsonl"),
+    "directory as file": (lambda w, d: dict(test_file=d), "cannot read"),
+    "empty": (lambda w, d: dict(train_file=file(d)), "training set is empty.*--train-file"),
+    "empty test": (lambda w, d: dict(test_file=file(d, "\n\n")), "test set is empty.*--test-file"),
+    "malformed": (lambda w, d: dict(train_file=file(d, GOOD, "{oops\n")), r"f\.jsonl:2: not JSON"),
+    "not an object": (lambda w, d: dict(train_file=file(d, GOOD, "\n", "[1]\n")), r"f\.jsonl:3: not a JSON object"),
+    "no answer": (lambda w, d: dict(train_file=file(d, {"problem": "p"})), r"f\.jsonl:1: needs .*answer"),
+    "no question": (lambda w, d: dict(test_file=file(d, GOOD | {"problem": " "})), r"f\.jsonl:1: needs .*question"),
+    "odd": (lambda w, d: dict(train_file=file(d, {"prompt": [], "reward_model": {}})), r"f\.jsonl:1: needs"),
+    "only test problems": (lambda w, d: dict(train_file=w / "test.jsonl"), "also a test problem"),
+    "all too long": (lambda w, d: dict(train_file=file(d, *LONG)), "no train problem fits"),
+    "no data set": (lambda w, d: dict(task="dapo", train_file=None), "cannot load the data set Byted"),
+    "no model": (lambda w, d: dict(model="nobody/nothing"), "cannot get nobody/nothing"),
+    "no directory": (lambda w, d: dict(model=d / "none"), "no such directory"),
+    "model_type": (lambda w, d: dict(model=model(w, d / "m", model_type="gpt2")), "'gpt2' is not supported"),
+    "config.json": (lambda w, d: dict(model=model(w, d / "m", text="{oops")), "cannot read config.json"),
+    "generation_config": (lambda w, d: dict(model=model(w, d / "m", "generation_config.json", "{")), "config.json"),
+    "vocabulary": (lambda w, d: dict(model=model(w, d / "m", vocab_size=60)), "has 64 tokens.* 60"),
+    "shapes": (lambda w, d: dict(model=model(w, d / "m", intermediate_size=48)), r"mlp\.\w+_proj.weight.*48"),
+    "template": (lambda w, d: dict(model=model(w, d / "m", "chat_template.jinja", "silent")), "chat template"),
+    "prompts section": (lambda w, d: dict(prompts_file=w / "train.jsonl"), r"no section \[math\.system\]"),
+    "occupied": (lambda w, d: dict(run_dir=w), "is not empty.*--resume"),
+    "below a file": (lambda w, d: dict(run_dir=w / "train.jsonl" / "run"), "--run-dir"),
+    "run_dir a file": (lambda w, d: dict(run_dir=w / "train.jsonl"), "--run-dir"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(world, tmp_path, capsys, monkeypatch, name):
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    make, message = BAD[name]
+    before = sorted(world.rglob("*"))
+    assert espl.main(flags(world, tmp_path / "run", **make(world, tmp_path))) == 2
+    *others, line = capsys.readouterr().err.strip().split("\n")
+    assert line.startswith("espl: error: ") and re.search(message, line)
+    assert all(w.startswith("espl: warning: ") for w in others) or name == "no data set"  # the library warns as well
+    assert not (tmp_path / "run").exists() and sorted(world.rglob("*")) == before
+
+
+def test_bad_resume(world, run_of, tmp_path, capsys):
+    run = run_of("espl")
+    (tmp_path / "config.json").write_text("{oops")
+    for argv, message in (([tmp_path / "none"], r"none.config\.json"), ([tmp_path], "config.json"),
+                          ([world / "model"], "config.json"),
+                          ([run.directory, "--batch-size", 5], "--batch-size cannot change")):
+        assert espl.main([str(a) for a in ["--resume", *argv]]) == 2
+        assert re.fullmatch(rf"espl: error: .*{message}.*\n", capsys.readouterr().err)
+    again = play(["--resume", run.directory, "--iterations", 3, "--batch-size", 4])  # the same, and nothing left to do
+    assert equal(again.policy.theta, run.policy.theta) and metrics(again) == metrics(run)
+
+
+def test_exit_code_of_the_program():
+    command = [sys.executable, espl.__file__, "--batch-size", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and re.fullmatch("espl: error: .*\n", done.stderr)
+
+
+def test_long_problems_are_left_out(world, tmp_path, capsys):
+    problems = (world / "train.jsonl").read_text().splitlines(True) + LONG[:2]
+    config = espl.parse_args(flags(world, tmp_path, train_file=file(tmp_path, *problems)))
+    task, chat = espl.load_task(config), espl.load_engine(config)[1]
+    size = len(chat.ids(espl.system_text(task, []), task.test[0].question))  # that of all short ones
+    espl.drop_long_problems(task, chat, size + 1)
+    assert len(task.train + task.val) == 12 and len(task.test) == 3
+    assert sum(map(int, re.findall(r"left out (\d) of \d+ (?:train|val) problems", capsys.readouterr().err))) == 2
+    with pytest.raises(espl.UserError, match="no train problem fits"):  # no room for a response
+        espl.drop_long_problems(task, chat, size)
+
+
+# ---- flags and data --------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        espl.main(["--help"])
+    text = capsys.readouterr().out
+    entries = {e.split()[0].strip(","): " ".join(e.split()) for e in re.split(r"\n  (?=--)", text)}
+    assert stop.value.code == 0
+    for f in dataclasses.fields(espl.Config):
+        name, default = "--" + f.name.replace("_", "-"), f"(default: {f.default})" if f.default != "" else ""
+        assert default in entries[name], name
+    assert all(f"[{s}]" in text for s in "B N M K alpha beta lambda p_crossover dsigma K_ops".split())
+
+
+def test_defaults_are_the_papers():
+    paper = dict(batch_size=10, num_rollouts=5, num_prompts=3, window=10, max_operations=2, max_pool_size=200,
+                 lora_rank=32, learning_rate=4e-5, kl_coef=0, p_crossover=0.2, ucb_lambda=2, delta_sigma=1, epochs=10,
+                 temperature=0.6, top_p=0.95, max_new_tokens=15000, test_samples=10, train_size=256)
+    given = dataclasses.asdict(espl.parse_args(["--task", "aime"]))
+    assert {k: given[k] for k in paper} == paper
+
+
+def task_of(d, train, test=({"question": "t", "answer": 1},), **changes):
+    files = dict(train_file=write_jsonl(d / "a.jsonl", train), test_file=write_jsonl(d / "b.jsonl", test))
+    return espl.load_task(espl.Config(**files, **changes))
+
+
+@pytest.mark.parametrize("n, val_size, train_size, expected", [
+    (100, 16, 256, (84, 16)), (100, 16, 50, (40, 10)), (20, 16, 256, (16, 4)), (4, 16, 9, (4, 0)), (9, 0, 256, (9, 0))])
+def test_validation_split(tmp_path, n, val_size, train_size, expected):
+    records = [{"problem": f"p{i}", "answer": i} for i in range(n)]
+    one, two, other = (task_of(tmp_path, records, val_size=val_size, train_size=train_size, seed=s) for s in (0, 0, 1))
+    assert (len(one.train), len(one.val)) == expected and not set(one.train) & set(one.val)
+    assert (one.train, one.val) == (two.train, two.val) and one.train != other.train
+
+
+def test_duplicates_and_test_problems_leave_the_training_set(tmp_path):
+    records = [{"problem": q, "answer": 1} for q in ("a", "b", " a ", "t", "c")]
+    task = task_of(tmp_path, records, [{"question": q, "answer": 1} for q in ("t", "t", "u")])
+    assert sorted(p.question for p in task.train + task.val) == ["a", "b", "c"] and len(task.test) == 2
+
+
+@pytest.mark.parametrize("record, question, answers", [
+    ({"problem": " p ", "answer": 0}, "p", ("0",)), ({"question": "q", "groundtruth": "x"}, "q", ("x",)),
+    ({"question": "q", "golden_answers": ["a", " b", ""]}, "q", ("a", "b")),
+    ({"prompt": [{"content": "Solve.\n\nx\n\ny\n\nEnd."}], "reward_model": {"ground_truth": "3"}}, "x\n\ny", ("3",))])
+def test_to_problem(record, question, answers):
+    assert espl.to_problem(record, "here") == espl.Problem("here", question, answers)
+
+
+def test_batches_cover_the_training_set_once_an_epoch():
+    run = SimpleNamespace(task=SimpleNamespace(train=list(range(10))), config=SimpleNamespace(batch_size=3),
+                          seed=lambda purpose: (0, zlib.crc32(purpose.encode())))
+    epochs = [[espl.next_problems(run, e * 3 + i) for i in (1, 2, 3)] for e in range(2)]
+    assert all(len({x for batch in epoch for x in batch}) == 9 for epoch in epochs) and epochs[0] != epochs[1]
+    run.config.batch_size = 40
+    assert sorted(espl.next_problems(run, 1)) == list(range(10))
+
+
+# ---- pieces of the loop ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, expected", [
+    (dict(), [0.5, -0.5]), (dict(baseline="marginal"), [0.25, -0.75, 0.25, 0.25]), (dict(mask_truncated=True), [0.5]),
+    (dict(kl_coef=0.1), [0.5, -0.5, 0, 0]), (dict(mask_truncated=True, baseline="marginal"), [0.25, 0.25])])
+def test_advantages(changes, expected):
+    """One problem, two prompts with rewards (1, 0) and (1, 1); the second response of each is truncated."""
+    responses = [espl.Response([7], [-1.0], stop) for stop in ("eos", "length")]
+    groups = [[espl.Group(None, ["", ""], r, prompt_ids=[1], responses=responses)] for r in ([1, 0], [1, 1])]
+    samples = espl.to_samples(SimpleNamespace(config=espl.Config(**changes)), groups)
+    assert [s.advantage for s in samples] == pytest.approx(expected)
+    assert all((s.prompt, s.tokens, s.logprobs) == ([1], [7], [-1.0]) for s in samples)
+
+
+@pytest.fixture(scope="module")
+def chat(world):
+    from transformers import AutoTokenizer
+    return espl.Chat(AutoTokenizer.from_pretrained(world / "model"))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_fit_request(chat, seed):
+    rng = np.random.default_rng(seed)
+    slots = {n: " ".join(f"w{i}" for i in range(rng.integers(1, 300))) for n in "abc"}
+    template, limit = "w1 {a} w2 {b} w3 {c}", int(rng.integers(60, 400))
+    whole, ids = chat.ids("", espl.fill(template, slots)), espl.fit_request(chat, template, slots, limit)
+    assert len(ids) <= limit and (ids == whole) == (len(whole) <= limit) and len(ids) > min(len(whole), limit) // 2
+    assert ids[:3] == whole[:3] and ids[-1] == whole[-1]
+
+
+def test_fit_request_cuts_the_middle_with_a_note(chat, monkeypatch):
+    monkeypatch.setattr(espl.Chat, "ids", lambda self, system, user: user.split())
+    words = espl.fit_request(chat, "w1 {a} {b} w9", {"a": "w2 " * 100, "b": "w3 w4"}, 50)
+    assert words[:3] == ["w1", "w2", "w2"] and words[-4:] == ["w2", "w3", "w4", "w9"]
+    assert "[… cut …]" in " ".join(words) and 30 < len(words) <= 50
+    assert espl.fit_request(chat, "w1 " * 60 + "{a}", {"a": "w2 " * 100}, 50) is None
+    assert espl.fit_request(chat, "w1 " * 60, {}, 50) is None
+
+
+@pytest.mark.parametrize("reflect_tokens", [20, 90])
+def test_reflection_requests_leave_room_for_the_reply(chat, monkeypatch, tmp_path, reflect_tokens):
+    seen = []
+
+    def sample(engine, theta, prompts, counts, sampling, seed, label):
+        seen.append((theta, prompts, counts, seed))
+        return [[espl.Response([20, 21], [0, 0], "eos")] * n for n in counts]
+
+    monkeypatch.setattr(espl, "generate", sample)
+    engine = SimpleNamespace(context=100, policy=SimpleNamespace(theta="now", theta_ref="reference"))
+    task = SimpleNamespace(texts={"summarize": "w1 {a}", "critique": "w1 " * 200})
+    run = espl.Run(espl.Config(reflect_tokens=reflect_tokens), task, chat, engine, None, None, None, tmp_path)
+    log = Counter()
+    ask = espl.make_ask(run, 1, log)
+    assert len(ask("summarize", [{"a": "w2 " * n} for n in (3, 500)])) == 2 and log["unanswered"] == 0
+    assert ask("critique", [{"a": ""}]) == [""] and log["unanswered"] == 1 and seen[1][2] == [0]
+    ask("summarize", [{"a": "w2"}])
+    assert {theta for theta, *_ in seen} == {"reference"} and len({seed for *_, seed in seen}) == 3  # no stream twice
+    assert max(map(len, seen[0][1])) <= max(100 - reflect_tokens, 50)
+
+
+@pytest.mark.parametrize("files, expected", [
+    (dict(config=2), (2,)), (dict(config=[5, 3]), (2, 3, 5)), (dict(generation_config=4, config=3), (2, 3, 4)),
+    (dict(generation_config=[4, 99], config=None), (2, 4)), (dict(), (2,))])
+def test_stop_tokens(tmp_path, files, expected):
+    for name, eos in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert espl.stop_tokens(str(tmp_path), SimpleNamespace(eos_token_id=2), 64) == expected
+    if not files:
+        with pytest.raises(espl.UserError, match="eos_token_id"):
+            espl.stop_tokens(str(tmp_path), SimpleNamespace(eos_token_id=None), 64)
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, 0), (dict(ucb_lambda=0.0), 1), (dict(test_prompt="latest"), 2), (dict(mode="reflection"), 2)])
+def test_tested_prompt_is_the_surest_one_or_the_latest(changes, expected):
+    prompts = [espl.SystemPrompt(i, [], mu, sigma) for i, (mu, sigma) in enumerate([(25, 1), (30, 5), (24, 1)])]
+    run = SimpleNamespace(config=espl.Config(**changes), population=espl.Population(prompts, 200))
+    assert espl.tested_prompt(run).id == expected
+
+
+@pytest.mark.parametrize("c, n, k, expected", [(0, 4, 2, 0), (1, 4, 1, 0.25), (1, 4, 2, 0.5), (3, 4, 2, 1)])
+def test_pass_at_k(c, n, k, expected):
+    assert espl.pass_at_k(c, n, k) == pytest.approx(expected)
+
+
+def test_summary_picks_by_validation():
+    curve = enumerate([(0.2, 0.1), (0.5, 0.3), (0.5, 0.9), (0.1, 0.4), (0, 0.4), (0, 0.5)])
+    run = SimpleNamespace(evaluations=[{"iteration": i, "val": v, "test": t} for i, (v, t) in curve],
+                          task=SimpleNamespace(val=[1]))
+    assert espl.summary(run) == pytest.approx({"test_first": 0.1, "test_final": 0.5, "test_mean_last_5": 0.5,
+                                               "test_picked_by_val": 0.3, "picked_iteration": 1})
