@@ -214,7 +214,7 @@ def parse_args(argv: list[str]) -> Config:
     config = Config(**(saved | given))
     for f in dataclasses.fields(Config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        if low is not None and not low <= value <= (math.inf if high is None else high):  # catches nan as well
+        if low is not None and not (low <= value <= (value if high is None else high) and math.isfinite(value)):
             limit = f"at least {low}" + (f" and at most {high}" if high else "")
             raise UserError(f"--{f.name.replace('_', '-')} {value}: must be {limit}")
     if not config.task and not config.train_file:
@@ -345,14 +345,15 @@ def load_task(config: Config) -> Task:
     """Problems, split into train and validation by the seed, and the texts of config's task."""
     name = config.task or Path(config.train_file).stem
     texts = read_prompts(config.prompts_file or str(Path(__file__).parent / "prompts_seed.txt"), "math")
-    sources = TASKS.get(config.task, ([], []))
-    train, test = (
-        list({p.question: p for p in problems}.values())  # duplicates removed
-        for problems in ([p for part in (map(read_jsonl, [file]) if file else map(read_hub, hub)) for p in part]
-                         for file, hub in ((config.train_file, sources[0]), (config.test_file, sources[1]))))
-    for problems, what in ((train, "training"), (test, "test")):
+    hub = TASKS.get(config.task, ([], []))
+
+    def read(file, names, flag_name):
+        problems = read_jsonl(file) if file else [p for name in names for p in read_hub(name)]
         if not problems:
-            raise UserError(f"the {what} set is empty; check --{what[:5].rstrip('i')}-file")
+            raise UserError(f"there is no problem in {file or names}; choose another {flag_name}")
+        return list({p.question: p for p in reversed(problems)}.values())[::-1]  # of duplicates the first
+
+    train, test = read(config.train_file, hub[0], "--train-file"), read(config.test_file, hub[1], "--test-file")
     seen = {p.question for p in test}
     train = [p for p in train if p.question not in seen]  # never train on a test problem
     order = np.random.default_rng([config.seed, zlib.crc32(b"split")]).permutation(len(train))[: config.train_size]
@@ -528,11 +529,6 @@ class Population:
     @property
     def pool(self) -> list[SystemPrompt]:  # Alg. 1's S: beyond max_pool_size the oldest leaves, its record stays
         return self.prompts[-self.max_pool_size:]
-
-    def add(self, principles, mu, sigma, operation, parents, iteration) -> SystemPrompt:
-        child = SystemPrompt(len(self.prompts), principles, mu, sigma, operation, [p.id for p in parents], iteration)
-        self.prompts.append(child)
-        return child
 
 
 def argmax(scores, rng) -> int:
@@ -769,6 +765,8 @@ def mutate(parent: SystemPrompt, attempts: list[Group], ask, task: Task, config:
 
 def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
     """{prompt: problems it strictly won}, the best prompt first; {} if it, or all others, won none (Alg. 2, Phi)."""
+    if len(values_MB) < 2:
+        return {}
     wins = {best: []} | {i: [] for i in range(len(values_MB))}
     for b, column in enumerate(values_MB.T):
         *_, second, first = np.argsort(column, kind="stable")
@@ -782,9 +780,8 @@ def crossover(prompts: list[SystemPrompt], attempts_MB: list[list[Group]], best:
               log: dict) -> tuple[list[str], list[SystemPrompt]] | None:
     """Principles of a child of several prompts, and its parents (the best one first); None: no child   (Alg. 2)."""
     values_MB = np.array([[a.value for a in row] for row in attempts_MB])
-    wins = crossover_parents(values_MB, best) if len(prompts) > 1 else {}
-    if not wins:
-        log["crossover"] = "none: needs two prompts, the best among them, that each won a problem strictly"
+    if not (wins := crossover_parents(values_MB, best)):
+        log["crossover"] = "none: fewer than two prompts, or not the best one, won a problem strictly"
         return None
     problems = [a.problem for a in attempts_MB[0]]
     letters = dict(zip(wins, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
@@ -813,8 +810,10 @@ def add_child(population: Population, principles: list[str] | None, parents: lis
     precision = [s.sigma**-2 for s in parents]
     mu = sum(p * s.mu for p, s in zip(precision, parents)) / sum(precision)
     sigma = math.sqrt(1 / sum(precision) + config.delta_sigma**2)
-    child = population.add(principles, mu, sigma, operation, parents, iteration)
-    log[operation] = f"prompt {child.id} from {' and '.join(str(s.id) for s in parents)}"
+    ids = [s.id for s in parents]
+    child = SystemPrompt(len(population.prompts), principles, mu, sigma, operation, ids, iteration)
+    population.prompts.append(child)
+    log[operation] = f"prompt {child.id} from {' and '.join(map(str, ids))}"
     return child
 
 
@@ -1323,7 +1322,7 @@ def prefill_next(engine: Engine, theta, prompts, first: int, asked: list[int]) -
     ahead = [g for g in asked if g >= first]
     T = bucket(max(len(prompts[g]) - 1 for g in ahead))
     data = engine.policy.mesh.shape["data"]
-    rows = -(-max(1, min(len(ahead), engine.prefill_tokens // T)) // data) * data
+    rows = -(-max(1, min(bucket(len(ahead), 1), engine.prefill_tokens // T)) // data) * data
     token, position = np.zeros((rows, T), np.int32), np.full((rows, T), PAD_POSITION, np.int32)
     for row, g in enumerate(ahead[:rows]):
         n = len(prompts[g]) - 1
@@ -1350,7 +1349,7 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
     asked = sorted({g for g, _ in queue})
     keys = np.asarray(rollout_keys(np.array(seed, np.uint32), *np.array(queue, np.int32).T))
     data = policy.mesh.shape["data"]
-    S = -(-min(engine.slots, len(queue)) // data) * data
+    S = -(-min(engine.slots, bucket(len(queue), 1)) // data) * data
     token, position, remaining = np.zeros((3, S), np.int32)
     key_S, owner, prefixes, admitted = np.zeros((S, keys.shape[1]), np.uint32), [None] * S, {}, 0
     length = bucket(max(len(prompts[g]) for g in asked) + DECODE_CHUNK)
@@ -1586,16 +1585,16 @@ def timed(run: Run, phase: str):
 
 def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], split: str, iteration: int) -> list[Group]:
     """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl."""
-    c = run.config
+    c, phases = run.config, ("sample", "grade") if split == "train" else ("evaluate", "evaluate")
     systems = {s.id: system_text(run.task, s.principles) for s, _, _ in pairs}
     prompts = [run.chat.ids(systems[s.id], x.question) for s, x, _ in pairs]
-    with timed(run, "sample"):
+    with timed(run, phases[0]):
         responses = generate(run.engine, run.policy.theta, prompts, [n for _, _, n in pairs],
                              SamplingParams(c.temperature, c.top_p, c.max_new_tokens),
                              run.seed(f"{split}/{iteration}"), f"sampling {split}")
     texts = [[run.chat.text(r.tokens) for r in group] for group in responses]
     answers = [(x, t) for (_, x, _), group in zip(pairs, texts) for t in group]
-    with timed(run, "grade"):
+    with timed(run, phases[1]):
         try:
             grades = iter(run.task.grade(answers))
         except Exception as e:  # a failure of the grader never ends a run
@@ -1702,9 +1701,12 @@ def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
 def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) -> None:
     """Everything needed to go on after this iteration: theta, Adam's state, the population, the evaluations."""
     loop = {"prompts": [dataclasses.asdict(s) for s in run.population.prompts], "evaluations": run.evaluations}
-    manager.save(iteration, args=ocp.args.Composite(
-        weights=ocp.args.StandardSave({"theta": run.policy.theta, "opt_state": run.opt_state}),
-        loop=ocp.args.JsonSave(loop)))
+    weights = {"theta": run.policy.theta, "opt_state": run.opt_state}
+    try:
+        manager.save(iteration, args=ocp.args.Composite(
+            weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(loop)))
+    except Exception as e:  # a full disk: the run goes on, and the next iteration tries again
+        warn(f"could not save a checkpoint: {first_line(e)}")
 
 
 def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
@@ -1782,16 +1784,6 @@ def next_problems(run: Run, iteration: int) -> list[Problem]:
     return [train[j] for j in order[i * B: (i + 1) * B]]
 
 
-def prompts_of_iteration(run: Run, rng) -> list[SystemPrompt]:
-    """The prompts whose rollouts this iteration samples, according to the mode."""
-    match run.config.mode:
-        case "rl":
-            return run.population.prompts[:1]
-        case "reflection":
-            return run.population.pool[-1:]
-    return select(run.population, run.config, rng)
-
-
 def to_samples(run: Run, groups_MB: list[list[Group]]) -> list[Sample]:
     """Rollouts with advantages r - V[i,b] (or r minus the mean over all prompts); groups without any are left out."""
     c, samples = run.config, []
@@ -1817,7 +1809,7 @@ def evolve(run: Run, prompts: list[SystemPrompt], groups_MB: list[list[Group]], 
             add_child(population, child, [prompts[k]], "mutation", iteration, c, log)
         except Exception as e:  # a failure in reflection never ends a run
             log["mutation"] = f"failed: {first_line(e)}"
-        if c.mode != "reflection" and rng.random() < c.p_crossover:
+        if rng.random() < c.p_crossover and len(prompts) > 1:
             try:
                 made = crossover(prompts, groups_MB, k, ask, run.task, c, log)  # Alg. 2
                 if made:
@@ -1833,7 +1825,7 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     rng = np.random.default_rng(run.seed(f"evolution/{iteration}"))
     problems_B = next_problems(run, iteration)
     # Sample M system prompts from S; rollouts of missing ones go to the others: every mode spends M B N.
-    prompts_M = prompts_of_iteration(run, rng)
+    prompts_M = run.population.pool[-1:] if c.mode == "reflection" else select(run.population, c, rng)
     each, more = divmod(c.num_prompts * c.num_rollouts, len(prompts_M))
     # Sample N solutions y_ij ~ pi_theta(. | s_i, x); reward r_ij = R(x, y_ij), value V_i = mean_j r_ij.
     groups = iter(sample_groups(run, [(s, x, each + (i < more)) for i, s in enumerate(prompts_M) for x in problems_B],
@@ -1980,9 +1972,9 @@ def start_run(config: Config) -> Run:
             directory.mkdir(parents=True, exist_ok=True)
             if any(directory.iterdir()):
                 raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
-            write_whole(directory / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         except OSError as e:
             raise UserError(f"cannot write --run-dir {directory}: {first_line(e)}") from e
+    write_whole(directory / "config.json", json.dumps(dataclasses.asdict(config) | {"resume": ""}, indent=1))
     population = Population([SystemPrompt(0, task.root)], config.max_pool_size)
     return Run(config, task, chat, engine, population, optimizer, optimizer.init(engine.policy.theta), directory)
 
@@ -1997,8 +1989,7 @@ def train(run: Run) -> dict:
             run.seconds.clear()
             m = espl_iteration(run, iteration) if iteration else {"iteration": 0}  # 0: evaluation of the base model
             if iteration % c.eval_every == 0 or iteration == last:
-                with timed(run, "evaluate"):
-                    m |= evaluate(run, iteration)
+                m |= evaluate(run, iteration)
             m["seconds"] = dict(run.seconds)
             finish_iteration(run, m, last)
             if iteration % c.save_every == 0 or iteration == last:
@@ -2044,7 +2035,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     s = tested_prompt(run)
     print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
-    print(f"tested prompt: {s.id} ({s.operation} of {s.parents or 'nothing'}, mu {s.mu:.1f}, sigma {s.sigma:.1f})\n"
+    lineage = f"{s.operation} of {' and '.join(map(str, s.parents))}" if s.parents else s.operation
+    print(f"tested prompt: {s.id} ({lineage}, mu {s.mu:.1f}, sigma {s.sigma:.1f})\n"
           f"{listing(numbered(s.principles))}\nfiles: {run.directory}")
     return 0
 

@@ -1470,7 +1470,8 @@ def test_only_the_text_after_thinking_is_graded():
     assert espl.final_text("<think>cut off") == espl.final_text("<think>a</think>b<think>cut off") == ""
     problem = espl.Problem("p", "q", ("3",))
     texts = [r"<think>\boxed{3}</think>Hm.", r"<think>\boxed{3}", r"<think>\boxed{4}</think>\boxed{3}", r"\boxed{ }"]
-    assert [o for _, o in espl.grade_math([(problem, t) for t in texts])] == ["no_answer"] * 2 + ["correct", "no_answer"]
+    outcomes = [outcome for _, outcome in espl.grade_math([(problem, text) for text in texts])]
+    assert outcomes == ["no_answer", "no_answer", "correct", "no_answer"]
 
 
 def test_integers_need_no_process(monkeypatch):
@@ -1482,19 +1483,19 @@ def test_integers_need_no_process(monkeypatch):
         assert grade(gold, answer) == "wrong", (gold, answer)
 
 
-EQUAL = [(r"\frac{3}{8}", "3/8"), (r"\frac{3}{8}", r"$\dfrac{6}{16}$."), (r"1\frac14", "1.25"), (r"\sqrt{8}", r"2\sqrt2"),
+EQUAL = [(r"\frac{3}{8}", "3/8"), (r"\frac{3}{8}", r"$\dfrac{6}{16}$."), (r"1\frac14", "1.25"), (r"\sqrt8", r"2\sqrt2"),
          (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), (r"4a-2", "2(2a - 1)"), ("5", "x = 5"), ("5", r"\frac{10}{2}"),
          ("120", r"5!"), (r"(1, \frac{\pi}{2})", r"\left(1, \pi/2\right)"), ("1, 2, 3", r"\{3, 2, 1\}"),
          ("[0, 1)", r"\left[0, 1\right)"), (r"(-\infty, 0) \cup [2, 3]", r"[2, 3] \cup (-\infty, 0)"), (r"25\%", "25"),
          (r"120^\circ", "120"), (r"\$6", "6.00"), ("100", r"100\text{ square units}"), ("C", r"\text{(C)}")]
 UNEQUAL = [(r"\frac{3}{8}", r"\frac{8}{3}"), (r"\frac13", "0.333"), (r"2\sqrt3", "3.4641"), (r"\pi", "3.14"),
-           ("(1, 2)", "(2, 1)"), ("(1, 2)", "[1, 2]"), ("1, 2", "1, 2, 3"), ("6", r"5 \text{ or } 6"), ("6", "$5$ or $6$"),
-           ("42", "the value) is ( 42"), ("42", "7 ^ ^ 42"), ("x+1", "x-1"), ("5", r"\text{five}"), ("5", "1/0"),
-           (r"\text{no}", r"\text{yes}")]
+           ("(1, 2)", "(2, 1)"), ("(1, 2)", "[1, 2]"), ("1, 2", "1, 2, 3"), ("6", r"5 \text{ or } 6"),
+           ("6", "$5$ or $6$"), ("42", "the value) is ( 42"), ("42", "7 ^ ^ 42"), ("x+1", "x-1"),
+           ("5", r"\text{five}"), ("5", "1/0"), (r"\text{no}", r"\text{yes}")]
 
 
 def test_equal_and_unequal_answers_in_another_form():
-    verdicts = dict(zip(EQUAL + UNEQUAL, grade_answers(EQUAL + UNEQUAL)))  # in order, though two processes share the work
+    verdicts = dict(zip(EQUAL + UNEQUAL, grade_answers(EQUAL + UNEQUAL)))  # in order, though two processes share them
     assert verdicts == dict.fromkeys(EQUAL, "correct") | dict.fromkeys(UNEQUAL, "wrong")
 
 
@@ -1561,7 +1562,7 @@ def test_without_math_verify_the_outcome_is_error(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err.count("pip install math-verify") == 2  # once for each of the two processes
 
 
-def make_tiny_model(directory, seed=0) -> str:
+def make_tiny_model(directory, seed=0, context=128) -> str:
     """A random Llama in Hugging Face layout (config, weights, tokenizer): one layer, 64 words, some of them answers."""
     from safetensors.numpy import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -1577,7 +1578,7 @@ def make_tiny_model(directory, seed=0) -> str:
                             chat_template=template).save_pretrained(directory)
     config = dict(model_type="llama", hidden_size=D, intermediate_size=F, vocab_size=V, num_hidden_layers=1,
                   num_attention_heads=2, num_key_value_heads=1, head_dim=8, hidden_act="silu", rms_norm_eps=1e-5,
-                  max_position_embeddings=128, rope_theta=1e4, tie_word_embeddings=True, eos_token_id=[2, 5])
+                  max_position_embeddings=context, rope_theta=1e4, tie_word_embeddings=True, eos_token_id=[2, 5])
     (Path(directory) / "config.json").write_text(json.dumps(config))
     shapes = {n: (D,) for n in ("norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm")}
     shapes |= {f"layers.0.self_attn.{n}_proj": s for n, s in dict(q=(D, D), k=(8, D), v=(8, D), o=(D, D)).items()}
@@ -1744,7 +1745,7 @@ def test_the_seed_decides_everything(world, tmp_path):
     assert metrics(first) == metrics(same) and prompts_of(first) == prompts_of(same)
     assert read_lines(first, "rollouts.jsonl") == read_lines(same, "rollouts.jsonl")
     assert equal((first.policy.theta, first.opt_state), (same.policy.theta, same.opt_state))
-    answers = [[r["response"] for r in read_lines(run, "rollouts.jsonl") if r["split"] == "test" and r["iteration"] == 0]
+    answers = [[r["response"] for r in read_lines(run, "rollouts.jsonl") if (r["split"], r["iteration"]) == ("test", 0)]
                for run in (first, other)]  # of the same model to the same problems
     assert answers[0] != answers[1] and first.task.train != other.task.train
 
@@ -1763,9 +1764,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("save_every, stop", [(1, KeyboardInterrupt), (2, Killed)])
-def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop):
-    """Stopped after iteration 3 of 4, with debris in the logs; validation always improves, so `best` is written."""
+@pytest.mark.parametrize("save_every, stop, again", [(1, KeyboardInterrupt, ["4"]), (2, Killed, ["3", "4"])])
+def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop, again):
+    """Stopped before iteration 4's checkpoint, with debris in the logs. Validation improves, so `best` is saved."""
     sample_groups, print_line, broken = espl.sample_groups, espl.print_line, tmp_path / "broken"
 
     def improving(run, pairs, split, iteration):
@@ -1776,7 +1777,7 @@ def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop)
 
     def stopping(run, m, last):
         print_line(run, m, last)
-        if m["iteration"] == 3:
+        if m["iteration"] == 4:
             raise stop
 
     argv = dict(iterations=4, eval_every=1, save_every=save_every, num_rollouts=3)
@@ -1787,10 +1788,12 @@ def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop)
     except Killed:
         pass
     with open(broken / "rollouts.jsonl", "a") as f:
-        f.write('{"iteration": 4, "split": "train"}\n')
+        f.write('{"iteration": 5, "split": "train"}\n')
     with open(broken / "metrics.jsonl", "a") as f:
-        f.write('{"iteration": 4, "reward_mean": 0.')
+        f.write('{"iteration": 5, "reward_mean": 0.')
+    capsys.readouterr()
     resumed = play(["--resume", broken], sample_groups=improving)
+    assert re.findall(r"^ +(\d)/4 ", capsys.readouterr().out, re.M) == again
     assert metrics(resumed) == metrics(whole) and prompts_of(resumed) == prompts_of(whole)
     for name in ("rollouts.jsonl", "reflections.jsonl"):
         assert (broken / name).read_bytes() == (whole.directory / name).read_bytes()
@@ -1824,9 +1827,12 @@ def full_disk(*_, **__):
     ("draw_curves", "it broke"), ("open", "No space left"), ("grade_math", "it broke")])
 def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     generate = espl.generate
-    reflection_fails = lambda *a: (fail if "reflecting" in a[-1] else generate)(*a)
+
+    def reflecting_fails(*args):
+        return (fail if "reflecting" in args[-1] else generate)(*args)
+
     patches = {"open": dict(open=full_disk), "grade_math": dict(grade_math=fail),
-               "draw_curves": dict(draw_curves=fail, generate=reflection_fails)}
+               "draw_curves": dict(draw_curves=fail, generate=reflecting_fails)}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
     assert warning in error and "badly" not in error and run.population.prompts[0].history
     assert equal(run.policy.theta, run.policy.theta_ref) == (part == "grade_math")
@@ -1880,8 +1886,8 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "no test file": (lambda w, d: dict(test_file=None), "--test-file"),
     "missing file": (lambda w, d: dict(train_file=d / "none.jsonl"), r"cannot read .*none\.jsonl"),
     "directory as file": (lambda w, d: dict(test_file=d), "cannot read"),
-    "empty": (lambda w, d: dict(train_file=file(d)), "training set is empty.*--train-file"),
-    "empty test": (lambda w, d: dict(test_file=file(d, "\n\n")), "test set is empty.*--test-file"),
+    "empty": (lambda w, d: dict(train_file=file(d)), "no problem in .*f.jsonl; choose another --train-file"),
+    "empty test": (lambda w, d: dict(test_file=file(d, "\n\n")), "no problem in .*f.jsonl; choose another --test-file"),
     "malformed": (lambda w, d: dict(train_file=file(d, GOOD, "{oops\n")), r"f\.jsonl:2: not JSON"),
     "not an object": (lambda w, d: dict(train_file=file(d, GOOD, "\n", "[1]\n")), r"f\.jsonl:3: not a JSON object"),
     "no answer": (lambda w, d: dict(train_file=file(d, {"problem": "p"})), r"f\.jsonl:1: needs .*answer"),
