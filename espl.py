@@ -1687,9 +1687,9 @@ def evaluate(run: Run, iteration: int) -> dict:
 def summary(run: Run) -> dict:
     """The three honest readings of the test curve: final, mean of the last five, and the one validation picks."""
     tests = [e["test"] for e in run.evaluations]
-    picked = max(run.evaluations, key=lambda e: (e.get("val", e["iteration"]), -e["iteration"]))
-    return {"test_first": tests[0], "test_final": tests[-1], "test_mean_last_5": float(np.mean(tests[-5:])),
-            "test_picked_by_val": picked["test"] if run.task.val else None, "picked_iteration": picked["iteration"]}
+    picked = max(run.evaluations, key=lambda e: e.get("val", 0.0))  # the first of equals
+    by_val = {"test_picked_by_val": picked["test"], "picked_iteration": picked["iteration"]} if run.task.val else {}
+    return {"test_first": tests[0], "test_final": tests[-1], "test_mean_last_5": float(np.mean(tests[-5:])), **by_val}
 
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
@@ -1743,30 +1743,24 @@ def write_whole(path: Path, text: str) -> None:
 def draw_curves(run: Run) -> None:
     """curves.png: rewards and scores, TrueSkill mu of each prompt, response length, entropy."""
     from matplotlib.figure import Figure
-    lines = [json.loads(x) for x in open(run.directory / "metrics.jsonl", encoding="utf-8")]
+    with open(run.directory / "metrics.jsonl", encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f]
+    points = lambda rows, name: [(r["iteration"], r[name]) for r in rows if name in r]
+    panels = {"reward": {"training batch": points(lines, "reward_mean")} | {
+                  split: points(run.evaluations, split) for split in ("val", "test")},
+              "TrueSkill mu": {f"prompt {s.id}": points(s.history, "mu") for s in run.population.prompts},
+              "response length (tokens)": {"mean": points(lines, "response_tokens")},
+              "entropy (nats a token)": {"mean": points(lines, "entropy")}}
     figure = Figure(figsize=(11, 7), layout="constrained")
-    reward, rating, length, entropy = figure.subplots(2, 2).ravel()
-
-    def draw(axis, points, label=None, **style):  # points: (iteration, value or None)
-        axis.plot(*zip(*([p for p in points if p[1] is not None] or [(math.nan, math.nan)])), label=label, **style)
-
-    draw(reward, [(m["iteration"], m.get("reward_mean")) for m in lines], "training batch, mean", color="0.6")
-    draw(reward, [(m["iteration"], max(m["rewards"].values()) if "rewards" in m else None) for m in lines],
-         "training batch, best prompt", color="0.6", ls=":")
-    for split, style in (("val", "o--"), ("test", "s-")):
-        draw(reward, [(e["iteration"], e.get(split)) for e in run.evaluations], split, marker=style[0], ls=style[1:])
-    for s in run.population.prompts:
-        draw(rating, [(h["iteration"], h["mu"]) for h in s.history], f"prompt {s.id}", marker=".")
-    draw(length, [(m["iteration"], m.get("response_tokens")) for m in lines], color="C2")
-    draw(entropy, [(m["iteration"], m.get("entropy")) for m in lines], color="C4")
-    reward.legend(fontsize=8)
-    if len(run.population.prompts) <= 10:
-        rating.legend(fontsize=8)
-    reward.set_ylim(-0.02, 1.02)
-    for axis, title in ((reward, "reward"), (rating, "TrueSkill mu of the prompts"),
-                        (length, "response length (tokens)"), (entropy, "entropy (nats a token)")):
+    for axis, (title, curves) in zip(figure.subplots(2, 2).ravel(), panels.items()):
+        for label, curve in curves.items():
+            axis.plot(*zip(*curve or [(math.nan, math.nan)]), marker=".", label=label)
+        if 1 < len(curves) <= 10:
+            axis.legend(fontsize=8)
         axis.set(title=title, xlabel="iteration", xlim=(0, max(1, lines[-1]["iteration"])))
         axis.grid(alpha=0.3)
+        if title == "reward":
+            axis.set_ylim(-0.02, 1.02)
     figure.suptitle(run.directory.name)
     figure.savefig(run.directory / "curves.png", dpi=110)
 
@@ -1864,21 +1858,20 @@ def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[
 
 
 def print_line(run: Run, m: dict, last: int) -> None:
-    """One compact line an iteration."""
+    """One compact line an iteration, and with --show-samples a response."""
     parts = [f"{m['iteration']:>4}/{last}"]
     if "rewards" in m:
         best = max(m["rewards"], key=m["rewards"].get)
         parts += [f"reward {m['reward_mean']:.3f}", f"best prompt {best} {m['rewards'][best]:.3f}",
                   f"tokens {m['response_tokens']:.0f}", f"cut {m['truncated']:.0%}"]
-    if "skipped" in m:
-        parts.append(f"no step: {m['skipped']}")
-    elif "loss" in m:
+    parts += [f"no step: {m['skipped']}"] if "skipped" in m else []
+    if "loss" in m:
         parts.append(f"grad {m['grad_norm']:.2g} ratio {m['ratio_mean']:.3f} entropy {m['entropy']:.2f}")
     parts += [f"{kind}: {m[kind]}" for kind in ("mutation", "crossover") if m.get(kind, "none") != "none"]
-    if "test" in m:
-        parts.append("".join(f"{s} {m[s]:.3f} " for s in ("val", "test") if s in m).strip())
-    parts.append(" ".join(f"{k} {v:.1f}s" for k, v in m["seconds"].items()))
-    tqdm.write(" | ".join(parts))
+    parts += [f"{split} {m[split]:.3f}" for split in ("val", "test") if split in m]
+    tqdm.write(" | ".join(parts + [" ".join(f"{k} {v:.1f}s" for k, v in m["seconds"].items())]))
+    if run.config.show_samples and m["iteration"] % run.config.show_samples == 0:
+        tqdm.write(textwrap.indent(run.shown, "        "))
 
 
 def find_model(name: str) -> str:
@@ -1979,10 +1972,10 @@ def start_run(config: Config) -> Run:
     return Run(config, task, chat, engine, population, optimizer, optimizer.init(engine.policy.theta), directory)
 
 
-def train(run: Run) -> dict:
-    """Algorithm 1's loop, with evaluation, logs and a checkpoint after every iteration; returns the summary."""
-    c, per_epoch = run.config, max(1, len(run.task.train) // run.config.batch_size)
-    last = c.iterations or c.epochs * per_epoch
+def train(run: Run) -> None:
+    """Algorithm 1's loop, with evaluation, logs and a checkpoint after every iteration."""
+    c = run.config
+    last = c.iterations or c.epochs * max(1, len(run.task.train) // c.batch_size)
     with checkpoint_manager(run, "checkpoints", keep=2) as manager:
         done = restore_checkpoint(run, manager) if c.resume else -1
         for iteration in range(done + 1, last + 1):
@@ -1991,25 +1984,17 @@ def train(run: Run) -> dict:
             if iteration % c.eval_every == 0 or iteration == last:
                 m |= evaluate(run, iteration)
             m["seconds"] = dict(run.seconds)
-            finish_iteration(run, m, last)
+            run.append("metrics.jsonl", [m])
+            try:
+                population = [dataclasses.asdict(s) for s in run.population.prompts]
+                write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
+                if "test" in m:
+                    draw_curves(run)
+            except Exception as e:
+                warn(f"could not write population.json or curves.png: {first_line(e)}")
+            print_line(run, m, last)
             if iteration % c.save_every == 0 or iteration == last:
                 save_checkpoint(run, manager, iteration)
-    return summary(run)
-
-
-def finish_iteration(run: Run, m: dict, last: int) -> None:
-    """Write metrics, population and pictures of a complete iteration, and print its line. Never ends the run."""
-    run.append("metrics.jsonl", [m])
-    try:
-        population = [dataclasses.asdict(s) for s in run.population.prompts]
-        write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
-        if "test" in m:
-            draw_curves(run)
-    except Exception as e:
-        warn(f"could not write population.json or curves.png: {first_line(e)}")
-    print_line(run, m, last)
-    if run.config.show_samples and m["iteration"] % run.config.show_samples == 0:
-        tqdm.write(textwrap.indent(run.shown, "        "))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2025,7 +2010,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{config.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} "
               f"test problems\n{config.model} ({cfg.dtype}, {trained}) on {len(jax.devices())} {jax.default_backend()} "
               f"device(s), {run.engine.slots} slots\nwriting {run.directory}")
-        result = train(run)
+        train(run)
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)
         return 2
@@ -2034,7 +2019,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nespl: interrupted{again}", file=sys.stderr)
         return 130
     s = tested_prompt(run)
-    print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+    print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in summary(run).items()))
     lineage = f"{s.operation} of {' and '.join(map(str, s.parents))}" if s.parents else s.operation
     print(f"tested prompt: {s.id} ({lineage}, mu {s.mu:.1f}, sigma {s.sigma:.1f})\n"
           f"{listing(numbered(s.principles))}\nfiles: {run.directory}")
