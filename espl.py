@@ -22,13 +22,13 @@ Where this file departs from the paper (P) or from its released code (C), and wh
  3. A child's sigma is sqrt(sigma^2 + dsigma^2) (P's appendix, C), not sigma + dsigma (P's Algorithm 1).
  4. Ties: in the ranking neighbours within 0.01 tie; ties for the best prompt are broken at random, seeded.
  5. Principles go into the system turn (P), not after the problem (C); --prompt-role user for the latter.
- 6. A validation split of the training problems picks prompt and checkpoint; the test set only reports. C picks by test
-    score, and the paper's figures are running maxima over the test set.
+ 6. A validation split of the training problems picks the checkpoint; the test set only reports. C picks by test score,
+    and the paper's figures are running maxima over the test set.
  7. The policy is the tempered softmax: sampler and trainer divide logits by the same temperature. With top_p < 1 the
     sampler renormalises and the trainer does not; the mean importance ratio is logged.
  8. Every reflected operation is checked on its own and dropped alone if it is bad; C lets one bad item spoil the reply,
     lets "B.G0" overwrite A's G0 and creates principles from invented ids.
- 9. A principle that gives away a training problem or its answer is dropped (--allow-leaks keeps it).
+ 9. A principle that gives away a problem the reflector was shown, or its answer, is dropped (unless --allow-leaks).
 10. A batch without a learning signal is a logged no-op. Adam's state and the population survive --resume exactly.
 """
 
@@ -43,13 +43,13 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 for _name, _value in {"TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_VERBOSITY": "error",
                       "DATASETS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}.items():
@@ -81,7 +81,7 @@ def progress(iterable=None, **kwargs):
 
 
 # ======================================================================================================================
-# 2. Config: every hyper-parameter is a flag. Defaults are the paper's (section Hyper-parameters) where it gives them.
+# 2. Config: the flags. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
 
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
@@ -121,7 +121,7 @@ class Config:
     mode: str = flag("espl", "Algorithm 1", "learn weights and prompts, prompts, one prompt, weights", choices=MODES)
     batch_size: int = flag(10, "Algorithm 1", "problems in a batch", "B", low=1)
     num_rollouts: int = flag(5, "Algorithm 1", "rollouts of each prompt on each problem", "N", low=1)
-    num_prompts: int = flag(3, "Algorithm 1", "system prompts in a batch", "M", low=1)
+    num_prompts: int = flag(3, "Algorithm 1", "system prompts in a batch", "M", low=1, high=26)
     epochs: int = flag(10, "Algorithm 1", "passes over the training problems", low=1)
     iterations: int = flag(0, "Algorithm 1", "iterations in all, instead of --epochs (0: as the epochs say)", low=0)
     seed: int = flag(0, "Algorithm 1", "decides the whole run", low=0, high=2**31 - 1)
@@ -141,7 +141,7 @@ class Config:
     top_p: float = flag(0.95, "Sampling", "nucleus mass of rollouts", low=1e-6, high=1)
     max_new_tokens: int = flag(15000, "Sampling", "longest response", low=1)
     context: int = flag(0, "Sampling", "most tokens of prompt and response (0: what the model was made for)", low=0)
-    slots: int = flag(0, "Sampling", "rollouts decoded at once (0: as memory allows)", low=0)
+    slots: int = flag(0, "Sampling", "most rollouts decoded at once (0: as memory allows)", low=0)
     prompt_role: str = flag("system", "Sampling", "turn that carries the system prompt", choices=("system", "user"))
     thinking: bool = flag(True, "Sampling", "passed to the chat template as enable_thinking")
 
@@ -183,7 +183,7 @@ def parse_args(argv: list[str]) -> Config:
     """Config from the command line; --resume takes the run's own flags. Raises UserError for impossible values."""
     parser = argparse.ArgumentParser(
         usage="python espl.py --task TASK [flags]", description=__doc__.split("\n")[0],
-        argument_default=argparse.SUPPRESS, exit_on_error=False, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
     groups = {f.metadata["group"]: None for f in dataclasses.fields(Config)}
     groups = {name: parser.add_argument_group(name) for name in groups}
@@ -194,13 +194,11 @@ def parse_args(argv: list[str]) -> Config:
         symbol = f"[{m['symbol']}] " if m["symbol"] else ""
         default = f" (default: {f.default})" if f.default != "" else ""
         groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), help=symbol + m["text"] + default, **how)
-    try:
-        given, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as e:
-        raise UserError(f"{e}; see python espl.py --help") from e
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]}; see python espl.py --help")
-    given = vars(given)
+    def stop(message):
+        raise UserError(f"{message}; see python espl.py --help")
+
+    parser.error = stop  # instead of the usage on many lines
+    given = vars(parser.parse_args(argv or ["--help"]))
     saved = {}
     if given.get("resume"):
         path = Path(given["resume"]) / "config.json"
@@ -217,10 +215,8 @@ def parse_args(argv: list[str]) -> Config:
         if low is not None and not (low <= value <= (value if high is None else high) and math.isfinite(value)):
             limit = f"at least {low}" + (f" and at most {high}" if high else "")
             raise UserError(f"--{f.name.replace('_', '-')} {value}: must be {limit}")
-    if not config.task and not config.train_file:
+    if not (config.task or config.train_file and config.test_file):
         raise UserError("choose a --task, or give --train-file and --test-file; see python espl.py --help")
-    if not config.task and not config.test_file:
-        raise UserError("--train-file without a --task needs a --test-file as well")
     return config
 
 
@@ -386,7 +382,7 @@ class Chat:
         for messages in [apart, joined] if system and self.role == "system" else [joined]:
             try:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                          enable_thinking=self.thinking)
+                                                          enable_thinking=self.thinking, date_string="26 Jul 2024")
             except Exception as e:  # jinja2's TemplateError: "System role not supported"
                 error = e
                 continue
@@ -394,9 +390,10 @@ class Chat:
                 return self.tokenizer(text, add_special_tokens=False).input_ids  # the template wrote BOS itself
         raise UserError(f"the tokenizer's chat template fails ({first_line(error)}); mend chat_template")
 
-    def text(self, tokens: list[int]) -> str:
-        """A response as text, without special tokens."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def text(self, tokens: list[int], prompt: list[int] = ()) -> str:
+        """A response as text, without special tokens; with the <think> that some templates open for it."""
+        opened = self.tokenizer.decode(list(prompt[-4:])).rstrip().endswith("<think>")
+        return "<think>" * opened + self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 # sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often inside one C call which no exception interrupts.
@@ -405,7 +402,7 @@ class Chat:
 # spoil the verdict on the next. math-verify's own timeouts, made of signals too, stay off.
 GRADE_SECONDS, GRADE_BYTES, LONGEST_ANSWER = 5, 400 * 2**20, 1_000  # of time, memory and characters, for each answer
 MATH_VERIFY = r"""
-import json, os, resource, signal, sys
+import contextlib, json, os, resource, signal, sys
 from math_verify import LatexExtractionConfig, parse, verify
 seconds, max_bytes = int(sys.argv[1]), int(sys.argv[2])
 
@@ -423,7 +420,8 @@ for line in sys.stdin:
         try:
             os.dup2(2, 1)  # nothing a library prints may look like a verdict
             signal.alarm(seconds)
-            resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+            with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit
+                resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
             os._exit(0 if same(*json.loads(line)) else 1)
         except BaseException:
             os._exit(2)
@@ -487,13 +485,10 @@ def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
         elif not golds or len(answer) > LONGEST_ANSWER:  # a longer box holds a derivation or an attack
             outcomes.append("wrong")
         else:
-            outcomes.append(len(asked))
+            outcomes.append(None)
             asked.append((golds, answer))
-    with ThreadPoolExecutor(2) as pool:  # two processes, so that timeouts overlap
-        verdicts = [v for part in pool.map(ask_math_verify, filter(None, (asked[::2], asked[1::2]))) for v in part]
-    order = [*range(0, len(asked), 2), *range(1, len(asked), 2)]
-    verdict = dict(zip(order, verdicts))
-    outcomes = [verdict[o] if isinstance(o, int) else o for o in outcomes]
+    verdicts = iter(ask_math_verify(asked) if asked else [])
+    outcomes = [o or next(verdicts) for o in outcomes]
     return [(float(o == "correct"), o) for o in outcomes]
 
 
@@ -575,7 +570,8 @@ def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: 
 # ---- Operations: what a reflection may do to a list of principles ----
 
 CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # would leave the system turn when tokenised
-JSON_STRING = re.compile(r'"(?:[^"\\]|\\.?)*+(?:"|\Z)', re.S)
+FIELD = re.compile(  # "name": "text" or a list, or the end of the object
+    r'"(\w+)"\s*:\s*("(?:[^"\\]|\\.)*+"|\[(?:[^][{}"]|"[^"]*")*+\])|\}', re.S)
 BACKSLASH = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq), or (group 1) one to be doubled
     r'\\(?:["\\/]|[bfrt](?![a-zA-Z])|n(?!(?:abla|eq?|eg|i|mid|ot|otin|u|leq|geq)\b)|u[0-9a-fA-F]{4})|(\\)')
 
@@ -589,20 +585,19 @@ def parse_operations(reply: str) -> list[dict] | None:
     text = final_text(reply)
     fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
     for block in fenced[::-1] + [re.split(r"\[(?=\s*\{)", text)[-1], text]:
-        strings = []  # take the strings out, so that what is removed below is never inside one
-        keep = lambda m: strings.append(m[0]) or f'"{len(strings) - 1}"'
-        bare = JSON_STRING.sub(keep, block)
-        bare = re.sub(r"//[^\n]*|#[^\n]*", "", bare)
-        bare = re.sub(r",(?=\s*[}\]])", "", bare)
-        found, empty = [], re.search(r"(?<!= )\[\s*\]$", bare.rstrip("`*. \n"))
-        for item in re.findall(r"\{[^{}]*\}", bare):
-            try:
-                item = re.sub(r'"(\d+)"', lambda m: BACKSLASH.sub(r"\g<0>\1", strings[int(m[1])]), item)
-                found.append(json.loads(item, strict=False))
-            except (ValueError, RecursionError):
-                continue
-        operations = [op for op in found if "operation" in op]
-        if operations or empty:
+        operations, fields = [], {}
+        for m in FIELD.finditer(block):
+            if m[0] == "}":
+                operations += [fields] if "operation" in fields else []
+                fields = {}
+            elif m[2][0] == "[":
+                fields[m[1]] = [i.strip("[] ") for i in re.findall(r'"([^"]*)"', m[2])]  # ids as in `listing`
+            elif m[1] in ("modified_from", "remove_id"):
+                fields[m[1]] = m[2].strip('"[] ')
+            else:
+                with contextlib.suppress(ValueError):  # half an escape
+                    fields[m[1]] = json.loads(BACKSLASH.sub(r"\g<0>\1", m[2]), strict=False)
+        if operations or re.search(r"(?<!= )\[\s*\]$", block.rstrip("`*. \n")):
             return operations
     return None
 
@@ -767,11 +762,9 @@ def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
     """{prompt: problems it strictly won}, the best prompt first; {} if it, or all others, won none (Alg. 2, Phi)."""
     if len(values_MB) < 2:
         return {}
-    wins = {best: []} | {i: [] for i in range(len(values_MB))}
-    for b, column in enumerate(values_MB.T):
-        *_, second, first = np.argsort(column, kind="stable")
-        if column[first] - column[second] >= 0.01 - 1e-9:
-            wins[int(first)].append(b)
+    second, first = np.sort(values_MB, axis=0)[-2:]
+    winner_B = np.where(first - second >= 0.01 - 1e-9, values_MB.argmax(0), -1)
+    wins = {i: np.flatnonzero(winner_B == i).tolist() for i in [best, *range(len(values_MB))]}
     wins = {i: won for i, won in wins.items() if won}
     return wins if best in wins and len(wins) > 1 else {}
 
@@ -1118,15 +1111,9 @@ def tensor_names(path: str, cfg: ModelConfig) -> list[str]:
 
 
 def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh):
-    """One weight as a sharded array; each process reads only the slices that its devices hold."""
+    """One weight as a sharded array; only the slices that each device holds are read."""
     sharding, names = weight_sharding(path, leaf.shape, mesh), tensor_names(path, cfg)
     transposed, stacked = path.endswith("kernel"), path.startswith("layers/")  # torch keeps [out, in]
-    expected = leaf.shape[stacked:][::-1] if transposed else leaf.shape[stacked:]
-    for name in names:
-        found = tuple(tensors[name].get_shape()) if name in tensors else "missing"
-        if found != expected:
-            raise UserError(f"tensor {name!r} of the checkpoint is {found}, config.json implies {expected}; "
-                            "are config.json and all its safetensors files there?")
 
     def read(index):  # index: for every axis of the stacked weight, the slice that one device holds
         inner = index[stacked:][::-1] if transposed else index[stacked:]
@@ -1166,13 +1153,18 @@ def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy
     graphdef, adapter, shapes = jax.eval_shape(make)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     named = [(path_name(path), leaf) for path, leaf in leaves]
-    unused = set(tensors) - {name for path, _ in named for name in tensor_names(path, cfg)}
-    if cfg.tied and "lm_head.weight" in unused:  # some checkpoints hold the tied table twice
-        if not np.array_equal(tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
-            raise UserError("lm_head.weight is not embed_tokens.weight; set tie_word_embeddings: false in config.json")
-        unused.remove("lm_head.weight")
-    if unused:
-        raise UserError(f"tensor {min(unused)!r} of the checkpoint has no place in the model; is config.json its own?")
+    if cfg.tied and "lm_head.weight" in tensors and not np.array_equal(  # some checkpoints hold the tied table twice
+            tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
+        raise UserError("lm_head.weight is not embed_tokens.weight; set tie_word_embeddings: false in config.json")
+    found = {name: tuple(t.get_shape()) for name, t in tensors.items() if not (cfg.tied and name == "lm_head.weight")}
+    implied = {}  # shapes as torch keeps them
+    for path, leaf in named:
+        shape = leaf.shape[path.startswith("layers/"):]
+        implied |= dict.fromkeys(tensor_names(path, cfg), shape[::-1] if path.endswith("kernel") else shape)
+    for name in sorted(found.keys() | implied.keys()):
+        if found.get(name) != implied.get(name):
+            raise UserError(f"tensor {name!r} is {found.get(name, 'missing')} in the checkpoint, config.json implies "
+                            f"{implied.get(name, 'none')}; are config.json and all its safetensors files there?")
     weights = [load_weight(*item, tensors, cfg, mesh) for item in progress(named, desc="loading weights")]
     layout = jax.tree_util.tree_map_with_path(lambda p, x: weight_sharding(path_name(p), x.shape, mesh), adapter)
     adapter = jax.jit(lambda: make()[1], out_shardings=layout)()  # of the random model, only the adapter is computed
@@ -1190,10 +1182,9 @@ def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy
 DECODE_CHUNK = 64  # decode steps between two looks of the host: ended rows leave, waiting rollouts take their slots
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to sample: temperature (0 = greedy), nucleus mass top_p, most new tokens."""
-    temperature: float
+class SamplingParams(NamedTuple):
+    """How to sample."""
+    temperature: float  # 0 = greedy
     top_p: float
     max_new_tokens: int
 
@@ -1208,10 +1199,8 @@ class Response:
 
 def bucket(n: int, least: int = 32) -> int:
     """The next of 32, 48, 64, 96, 128, … : few distinct shapes, so few compilations, and at most a third is padding."""
-    size = least
-    while size < n:
-        size = max(size + 1, size * 3 // 2) if size & (size - 1) == 0 else size * 4 // 3
-    return size
+    size = max(least, 1 << (int(n) - 1).bit_length())
+    return size * 3 // 4 if size > least and n <= size * 3 // 4 else size
 
 
 def nucleus(logits_SV, top_p):
@@ -1223,15 +1212,12 @@ def nucleus(logits_SV, top_p):
     probs = jax.nn.softmax(logits_SV)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
-    def halve(_, bounds):
-        low, high = bounds  # mass(bits >= low) >= top_p > mass(bits >= high)
-        middle = (low + high) // 2
-        enough = jnp.sum(jnp.where(bits >= middle[:, None], probs, 0.0), -1) >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    def set_bit(i, threshold_S):  # from the highest bit down: the largest threshold above which top_p remains
+        higher = threshold_S | (1 << (30 - i))
+        return jnp.where(jnp.sum(probs, -1, where=bits >= higher[:, None]) >= top_p, higher, threshold_S)
 
-    start = jnp.zeros(len(probs), jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 31, halve, (start, start + jnp.int32(0x3F800001)))  # above the bits of 1.0
-    return jnp.where(bits >= low[:, None], logits_SV, -jnp.inf)
+    threshold = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(len(probs), jnp.int32))
+    return jnp.where(bits >= threshold[:, None], logits_SV, -jnp.inf)
 
 
 def sample_token(key_S, logits_SV, temperature: float, top_p: float):
@@ -1253,17 +1239,16 @@ def new_cache(cfg: ModelConfig, rows: int, length: int):
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def prefill(graphdef, theta, frozen, token_PT, position_PT):
-    """Keys and values of a batch of prompts: a cache with one row a prompt. No logits are computed."""
+def prefill(graphdef, theta, frozen, token_1T, position_1T):
+    """Keys and values of a prompt: a cache with one row. No logits are computed."""
     model = nnx.merge(graphdef, theta, frozen)
-    return model(token_PT, position_PT, new_cache(model.cfg, *token_PT.shape))[1]
+    return model(token_1T, position_1T, new_cache(model.cfg, *token_1T.shape))[1]
 
 
 @partial(jax.jit, donate_argnames="cache")
-def fan_out(cache, prefix, row_S, slot_S):
-    """Copy row row_S[i] of a prefilled batch into slot slot_S[i] of the cache (slots out of range: dropped)."""
-    T = prefix["k"].shape[2]
-    return {n: cache[n].at[:, slot_S, :T].set(prefix[n][:, row_S], mode="drop") for n in cache}
+def admit(cache, prefix, slot):
+    """The cache with a prefilled prompt in one of its slots."""
+    return {n: jax.lax.dynamic_update_slice(cache[n], prefix[n], (0, slot, 0, 0, 0)) for n in cache}
 
 
 @partial(jax.jit, static_argnames="length")
@@ -1287,7 +1272,7 @@ def decode_chunk(graphdef, theta, frozen, cache, token_S, position_S, remaining_
         live = remaining > 0
         hidden, cache = model(token[:, None], jnp.where(live, position, PAD_POSITION)[:, None], cache)
         # A rollout's own key, folded with the position: its tokens do not depend on its slot or its neighbours.
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S), position)
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S, impl="threefry2x32"), position)
         token, logprob = sample_token(keys, model.logits(hidden[:, 0]), temperature, top_p)
         tokens, logprobs = tokens.at[i].set(jnp.where(live, token, -1)), logprobs.at[i].set(logprob)
         remaining = jnp.where(live & ~jnp.isin(token, eos_E), remaining - 1, 0)
@@ -1299,36 +1284,14 @@ def decode_chunk(graphdef, theta, frozen, cache, token_S, position_S, remaining_
     return jax.lax.while_loop(going, step, start)[1:]
 
 
-@jax.jit
-def rollout_keys(seed, group_R, index_R):
-    """Key data of every rollout of a call, from the call's seed (a pair of integers), its prompt and its number."""
-    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
-    fold = jax.random.fold_in
-    return jax.vmap(lambda g, j: jax.random.key_data(fold(fold(key, g), j)))(group_R, index_R)
-
-
 @dataclass
 class Engine:
     """What sampling needs beside the weights: stop tokens, limits, and how many rollouts decode at once."""
     policy: Policy
     eos_ids: tuple[int, ...]
     context: int                 # most tokens of prompt + response
-    slots: int = 64
-    prefill_tokens: int = 16384  # most tokens of one prefill batch
-
-
-def prefill_next(engine: Engine, theta, prompts, first: int, asked: list[int]) -> dict:
-    """Prefill prompt `first` and as many of the next asked-for ones as fit: {prompt: (batch cache, its row)}."""
-    ahead = [g for g in asked if g >= first]
-    T = bucket(max(len(prompts[g]) - 1 for g in ahead))
-    data = engine.policy.mesh.shape["data"]
-    rows = -(-max(1, min(bucket(len(ahead), 1), engine.prefill_tokens // T)) // data) * data
-    token, position = np.zeros((rows, T), np.int32), np.full((rows, T), PAD_POSITION, np.int32)
-    for row, g in enumerate(ahead[:rows]):
-        n = len(prompts[g]) - 1
-        token[row, :n], position[row, :n] = prompts[g][:-1], np.arange(n)
-    batch = prefill(engine.policy.graphdef, theta, engine.policy.frozen, token, position)
-    return {g: (batch, row) for row, g in enumerate(ahead[:rows])}
+    slots: int = 64              # most rows of the cache
+    cache_tokens: int = 2**40    # most tokens that all rows together may hold
 
 
 def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int], sampling: SamplingParams,
@@ -1346,29 +1309,27 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
     queue = [(g, j) for g, n in enumerate(counts) for j in range(n) if room[g]]
     if not queue:
         return responses
-    asked = sorted({g for g, _ in queue})
-    keys = np.asarray(rollout_keys(np.array(seed, np.uint32), *np.array(queue, np.int32).T))
+    keys = [np.random.SeedSequence([*seed, g, j]).generate_state(2) for g, j in queue]  # uint32[2]: a threefry key
     data = policy.mesh.shape["data"]
-    S = -(-min(engine.slots, bucket(len(queue), 1)) // data) * data
+    longest = bucket(max(len(prompts[g]) + room[g] for g, _ in queue) + DECODE_CHUNK)
+    S = -(-min(engine.slots, bucket(len(queue), 1), max(1, engine.cache_tokens // longest)) // data) * data
     token, position, remaining = np.zeros((3, S), np.int32)
-    key_S, owner, prefixes, admitted = np.zeros((S, keys.shape[1]), np.uint32), [None] * S, {}, 0
-    length = bucket(max(len(prompts[g]) for g in asked) + DECODE_CHUNK)
+    key_S, owner, prefilled, admitted = np.zeros((S, 2), np.uint32), [None] * S, None, 0
+    length = bucket(max(len(prompts[g]) for g, _ in queue) + DECODE_CHUNK)
     cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(cfg, S, length)
     bar = progress(total=len(queue), desc=label)
     while admitted < len(queue) or any(owner):
-        moves = {}  # prefilled batch -> (rows, slots)
         for s in [s for s in range(S) if owner[s] is None][: len(queue) - admitted]:
             g, j = owner[s] = queue[admitted]
-            if g not in prefixes:
-                prefixes = prefill_next(engine, theta, prompts, g, asked)
-            batch, row = prefixes[g]
-            rows, slots = moves.setdefault(id(batch), (batch, [0] * S, [S] * S))[1:]
-            rows[s], slots[s] = row, s
+            if g != prefilled:  # once for all its rollouts: they are neighbours in the queue
+                prefilled, n = g, len(prompts[g]) - 1
+                ids, at = np.zeros((1, bucket(n)), np.int32), np.full((1, bucket(n)), PAD_POSITION, np.int32)
+                ids[0, :n], at[0, :n] = prompts[g][:-1], np.arange(n)
+                prefix = prefill(policy.graphdef, theta, policy.frozen, ids, at)
+            cache = admit(cache, prefix, s)
             token[s], position[s], remaining[s] = prompts[g][-1], len(prompts[g]) - 1, room[g]
             key_S[s] = keys[admitted]
             admitted += 1
-        for batch, rows, slots in moves.values():
-            cache = fan_out(cache, batch, np.array(rows), np.array(slots))
         if (need := max(position[s] for s in range(S) if owner[s]) + DECODE_CHUNK) > length:
             length = bucket(need)
             cache = grow(cache, length)
@@ -1432,7 +1393,7 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
     Works through blocks of tokens and recomputes each in the backward pass: [B, T, V] never exists.
     """
     B, T, D = hidden_BTD.shape
-    size = min(B * T, max(16, 2**25 // model.cfg.vocab_size))  # 128 MiB of float32 logits at a time
+    size = min(B * T, max(16, 1 << (2**25 // model.cfg.vocab_size).bit_length() - 1))  # <= 128 MiB of float32 logits
     graphdef, weights = nnx.split(model)
 
     @jax.checkpoint
@@ -1465,7 +1426,7 @@ def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, ob
         kl = jnp.exp(log_ratio) - log_ratio - 1
     total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
     loss = -total(term - objective.kl_coef * kl) / num_rollouts
-    sums = {"loss": loss, "tokens": total(1.0), "entropy": total(entropy), "ratio": total(ratio), "kl": total(kl),
+    sums = {"loss": loss, "tokens": total(1.0), "entropy": total(entropy), "ratio_mean": total(ratio), "kl": total(kl),
             "sampler_gap": total(batch["behaviour"] - logp)}
     return loss, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
 
@@ -1523,12 +1484,10 @@ def rl_update(policy: Policy, optimizer, opt_state, samples: list[Sample], num_r
         sums.append(metrics)
     policy.theta, opt_state, norm = adam_step(optimizer, policy.theta, opt_state, gradient)
     total = {n: float(sum(s[n] for s, _ in sums)) for n in sums[0][0]}
-    mean = {n: total[n] / total["tokens"] for n in ("entropy", "ratio", "kl", "sampler_gap")}
-    return opt_state, {
-        "loss": total["loss"], "grad_norm": float(norm), "entropy": mean["entropy"], "ratio_mean": mean["ratio"],
-        "ratio_max": float(max(m for _, m in sums)), "sampler_gap": mean["sampler_gap"],
-        "kl": mean["kl"] if objective.kl_coef else None, "trained_rollouts": len(samples),
-        "trained_tokens": int(total["tokens"])}
+    loss, tokens = total.pop("loss"), int(total.pop("tokens"))
+    means = {n: x / tokens for n, x in total.items()} | ({} if objective.kl_coef else {"kl": None})
+    return opt_state, {"loss": loss, "grad_norm": float(norm), **means, "ratio_max": float(max(m for _, m in sums)),
+                       "trained_rollouts": len(samples), "trained_tokens": tokens}
 
 
 # ======================================================================================================================
@@ -1592,7 +1551,7 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
         responses = generate(run.engine, run.policy.theta, prompts, [n for _, _, n in pairs],
                              SamplingParams(c.temperature, c.top_p, c.max_new_tokens),
                              run.seed(f"{split}/{iteration}"), f"sampling {split}")
-    texts = [[run.chat.text(r.tokens) for r in group] for group in responses]
+    texts = [[run.chat.text(r.tokens, ids) for r in group] for ids, group in zip(prompts, responses)]
     answers = [(x, t) for (_, x, _), group in zip(pairs, texts) for t in group]
     with timed(run, phases[1]):
         try:
@@ -1611,25 +1570,18 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
     return groups
 
 
-def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int] | None:
-    """Token ids of a filled-in request of at most `limit` tokens; the longest slot is cut in its middle, with a note,
-    until it fits. None if it cannot."""
-    slots = dict(slots)
-    for _ in range(4 * len(slots)):
-        ids = chat.ids("", fill(template, slots))
-        if len(ids) <= limit:
-            return ids
+def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
+    """Token ids of a filled-in request; while it is longer than `limit`, its longest slot loses its middle."""
+    while len(ids := chat.ids("", fill(template, slots))) > limit:
         name = max(slots, key=lambda n: len(slots[n]))
-        text, note = slots[name], "\n[… cut …]\n"
-        tokens = max(1, len(chat.tokenizer(text, add_special_tokens=False).input_ids))
-        keep = int(len(text) * max(0.0, 1 - (len(ids) - limit + 8) / tokens)) - len(note)
-        slots[name] = text[: keep // 2] + note + text[-(keep // 2):] if keep > 1 else note.strip()
-        if slots[name] == text:
-            return None
-    return None
+        keep, text, note = int(0.45 * len(slots[name]) * limit / len(ids)), slots[name], "\n[… cut …]\n"
+        if keep < 1 or 2 * keep + len(note) >= len(text):
+            raise ValueError(f"a request does not fit into {limit} tokens")
+        slots = slots | {name: text[:keep] + note + text[-keep:]}
+    return ids
 
 
-def make_ask(run: Run, iteration: int, log: dict) -> Callable[[str, list[dict]], list[str]]:
+def make_ask(run: Run, iteration: int) -> Callable[[str, list[dict]], list[str]]:
     """The `ask` of section 4: requests of prompts_seed.txt answered by the reflection model, all in one batch."""
     c, calls = run.config, Counter()
     theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
@@ -1638,13 +1590,12 @@ def make_ask(run: Run, iteration: int, log: dict) -> Callable[[str, list[dict]],
         calls[request] += 1
         limit = max(run.engine.context - c.reflect_tokens, run.engine.context // 2)
         prompts = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
-        log["unanswered"] += sum(p is None for p in prompts)
-        responses = generate(run.engine, theta, [p or [0] for p in prompts], [int(p is not None) for p in prompts],
+        responses = generate(run.engine, theta, prompts, [1] * len(prompts),
                              SamplingParams(c.reflect_temperature, c.top_p, c.reflect_tokens),
                              run.seed(f"{request}/{calls[request]}/{iteration}"), f"reflecting: {request}")
-        replies = [run.chat.text(r[0].tokens) if r else "" for r in responses]
+        replies = [run.chat.text(r.tokens, ids) for ids, [r] in zip(prompts, responses)]
         run.append("reflections.jsonl", [
-            dict(iteration=iteration, request=request, prompt=run.chat.tokenizer.decode(p) if p else None, reply=reply)
+            dict(iteration=iteration, request=request, prompt=run.chat.tokenizer.decode(p), reply=reply)
             for p, reply in zip(prompts, replies)])
         return [final_text(reply).strip() for reply in replies]  # what a model thinks aloud is not its reply
 
@@ -1703,8 +1654,12 @@ def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) ->
     loop = {"prompts": [dataclasses.asdict(s) for s in run.population.prompts], "evaluations": run.evaluations}
     weights = {"theta": run.policy.theta, "opt_state": run.opt_state}
     try:
+        for step in manager.all_steps():  # of a run that was killed and resumed before them
+            if step >= iteration:
+                manager.delete(step)
         manager.save(iteration, args=ocp.args.Composite(
             weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(loop)))
+        manager.wait_until_finished()
     except Exception as e:  # a full disk: the run goes on, and the next iteration tries again
         warn(f"could not save a checkpoint: {first_line(e)}")
 
@@ -1725,11 +1680,13 @@ def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
 def cut_logs(run: Run, iteration: int) -> int:
     """Drop what was logged after this iteration, which is about to be done again; returns the iteration."""
     for path in run.directory.glob("*.jsonl"):
-        kept = []
-        for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: U+2028 ends no record
-            with contextlib.suppress(ValueError):  # the line that was being written may be incomplete
-                kept += [line + "\n"] if json.loads(line)["iteration"] <= iteration else []
-        write_whole(path, "".join(kept))
+        part = path.with_name(path.name + ".part")
+        with open(path, "rb") as old, open(part, "wb") as new:  # bytes: only \n ends a record
+            for line in old:
+                with contextlib.suppress(ValueError):  # the line that was being written may be incomplete
+                    if json.loads(line)["iteration"] <= iteration:
+                        new.write(line.rstrip(b"\n") + b"\n")
+        part.replace(path)
     return iteration
 
 
@@ -1794,22 +1751,19 @@ def to_samples(run: Run, groups_MB: list[list[Group]]) -> list[Sample]:
 def evolve(run: Run, prompts: list[SystemPrompt], groups_MB: list[list[Group]], iteration: int, rng) -> dict:
     """Mutation of the best prompt and, with p_crossover, crossover (Alg. 1, from k <- argmax on). Returns the log."""
     c, population = run.config, run.population
-    log = {"mutation": "none", "crossover": "none", "parse_failures": 0, "unanswered": 0, "dropped": Counter()}
-    ask = make_ask(run, iteration, log)
+    log = {"mutation": "none", "crossover": "none", "parse_failures": 0, "dropped": Counter()}
+    ask = make_ask(run, iteration)
     k = argmax([float(np.mean([g.value for g in row])) for row in groups_MB], rng)  # k <- argmax_i V_i
+    operators = {"mutation": lambda: (mutate(prompts[k], groups_MB[k], ask, run.task, c, log), [prompts[k]])}
+    if rng.random() < c.p_crossover and len(prompts) > 1:  # Alg. 2
+        operators["crossover"] = lambda: crossover(prompts, groups_MB, k, ask, run.task, c, log) or (None, [])
     with timed(run, "reflect"):
-        try:
-            child = mutate(prompts[k], groups_MB[k], ask, run.task, c, log)
-            add_child(population, child, [prompts[k]], "mutation", iteration, c, log)
-        except Exception as e:  # a failure in reflection never ends a run
-            log["mutation"] = f"failed: {first_line(e)}"
-        if rng.random() < c.p_crossover and len(prompts) > 1:
+        for name, operator in operators.items():
             try:
-                made = crossover(prompts, groups_MB, k, ask, run.task, c, log)  # Alg. 2
-                if made:
-                    add_child(population, *made, "crossover", iteration, c, log)
-            except Exception as e:
-                log["crossover"] = f"failed: {first_line(e)}"
+                add_child(population, *operator(), name, iteration, c, log)
+            except Exception as e:  # a failure in reflection never ends a run
+                log[name] = f"failed: {first_line(e)}"
+                run.append("reflections.jsonl", [{"iteration": iteration, "traceback": traceback.format_exc()}])
     return log | {"dropped": dict(+log["dropped"])}
 
 
@@ -1903,15 +1857,15 @@ def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
     return ids
 
 
-def auto_slots(config: Config, cfg: ModelConfig, context: int) -> int:
-    """Rollouts decoded at once: as fit into 60 % of the free accelerator memory; 64 where that is not known (CPU)."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if config.slots or "bytes_limit" not in stats:
-        return config.slots or 64
-    length = min(context, config.max_new_tokens + 2048)
-    row = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * length * jnp.dtype(cfg.dtype).itemsize
-    free = (stats["bytes_limit"] - stats["bytes_in_use"]) * len(jax.devices())
-    return int(np.clip(0.6 * free / row, 1, 512))
+def cache_tokens(policy: Policy) -> int:
+    """Tokens of key/value cache that fit: 35 % of the free accelerator memory, as a growing cache exists twice."""
+    stats, cfg, mesh = jax.local_devices()[0].memory_stats() or {}, policy.cfg, policy.mesh.shape
+    if "bytes_limit" not in stats:  # not known on CPU
+        return 2**40
+    adam = 2 * sum(w.nbytes for w in jax.tree.leaves(policy.theta)) / len(jax.devices())  # does not exist yet
+    shards = mesh["data"] * (mesh["model"] if cfg.num_kv_heads % mesh["model"] == 0 else 1)
+    token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
+    return int(0.35 * (stats["bytes_limit"] - stats["bytes_in_use"] - adam) * shards / token)
 
 
 def load_engine(config: Config) -> tuple[Engine, Chat]:
@@ -1929,21 +1883,24 @@ def load_engine(config: Config) -> tuple[Engine, Chat]:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as e:
         raise UserError(f"cannot read the tokenizer in {directory}: {first_line(e)}") from e
-    if len(tokenizer) > cfg.vocab_size:
-        raise UserError(f"the tokenizer in {directory} has {len(tokenizer)} tokens, its model {cfg.vocab_size}")
+    if config.context > cfg.max_context:
+        raise UserError(f"--context {config.context}: the model was made for at most {cfg.max_context} positions")
     eos = stop_tokens(directory, tokenizer, cfg.vocab_size)
     policy = load_policy(directory, cfg, mesh, config.seed)
-    context = min(config.context or cfg.max_context, cfg.max_context)
-    engine = Engine(policy, eos, context, auto_slots(config, cfg, context))
+    slots = config.slots or (64 if jax.default_backend() == "cpu" else 512)
+    engine = Engine(policy, eos, config.context or cfg.max_context, slots, cache_tokens(policy))
     return engine, Chat(tokenizer, config.prompt_role, config.thinking)
 
 
-def drop_long_problems(task: Task, chat: Chat, context: int) -> None:
+def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:
     """Leave out problems whose prompt, with the root principles, has no room for a response; say how many."""
     system = system_text(task, task.root)
     for split in ("train", "val", "test"):
         problems = getattr(task, split)
-        kept = [x for x in problems if len(chat.ids(system, x.question)) < context]
+        ids = [chat.ids(system, x.question) for x in problems]
+        if (highest := max((max(i) for i in ids), default=0)) >= vocab_size:
+            raise UserError(f"the tokenizer gives id {highest}, the model has {vocab_size} tokens; --model mixes two")
+        kept = [x for x, i in zip(problems, ids) if len(i) < context]
         if len(kept) < len(problems):
             warn(f"left out {len(problems) - len(kept)} of {len(problems)} {split} problems: over {context} tokens")
         if problems and not kept and split != "val":
@@ -1955,19 +1912,19 @@ def start_run(config: Config) -> Run:
     """Load everything, then make (or reopen) the run directory: what is wrong is found before anything is written."""
     task = load_task(config)
     engine, chat = load_engine(config)
-    drop_long_problems(task, chat, engine.context)
+    drop_long_problems(task, chat, engine.context, engine.policy.cfg.vocab_size)
     steps = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
     optimizer = optax.chain(*steps, optax.adam(config.learning_rate, b1=0.9, b2=0.95, eps=1e-8))
+    optimizer = optax.apply_if_finite(optimizer, 2**30)  # one infinite gradient must not end a week's run
     config.run_dir = config.run_dir or f"runs/{task.name}-{config.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(config.run_dir)
-    if not config.resume:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if any(directory.iterdir()):
-                raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
-        except OSError as e:
-            raise UserError(f"cannot write --run-dir {directory}: {first_line(e)}") from e
-    write_whole(directory / "config.json", json.dumps(dataclasses.asdict(config) | {"resume": ""}, indent=1))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not config.resume and any(directory.iterdir()):
+            raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
+        write_whole(directory / "config.json", json.dumps(dataclasses.asdict(config) | {"resume": ""}, indent=1))
+    except OSError as e:
+        raise UserError(f"cannot write --run-dir {directory}: {first_line(e)}") from e
     population = Population([SystemPrompt(0, task.root)], config.max_pool_size)
     return Run(config, task, chat, engine, population, optimizer, optimizer.init(engine.policy.theta), directory)
 

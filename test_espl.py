@@ -341,7 +341,7 @@ def resized(name, *shape):  # without a shape: removed
     (resized("lm_head.weight"), "'lm_head.weight'"),
     (resized("model.layers.0.mlp.up_proj.weight", 50, 35), r"'layers.0.mlp.up_proj.weight'.*\(50, 35\).*\(50, 36\)"),
     (resized("model.embed_tokens.weight", 132, 36), r"'embed_tokens.weight'.*\(132, 36\).*\(131, 36\)"),
-    (resized("model.layers.0.self_attn.q_norm.weight", 12), "^.{,200}'layers.0.self_attn.q_norm.weight'.{,100}$"),
+    (resized("model.layers.0.self_attn.q_norm.weight", 12), "q_norm.weight' is .*implies none"),
     (resized("model.layers.3.input_layernorm.weight", 36), "'layers.3.input_layernorm.weight'"),
     (lambda file: file.unlink(), "no .*safetensors"),
     (lambda file: file.write_bytes(file.read_bytes()[:-9]), "model.safetensors"),
@@ -526,7 +526,7 @@ def test_a_response_does_not_depend_on_slots_or_company(policy):
     prompts = RAGGED[:4] + RAGGED[2:3] + RAGGED[4:]  # 33 tokens twice
     all_ = sample(prompts, [3] * 7, 64)
     assert len({len(r.tokens) for r in all_}) > 3  # slots become free at different times
-    for slots, more in ((1, {}), (3, {}), (3, {"prefill_tokens": 1})):  # slots are reused: stale caches must not leak
+    for slots, more in ((1, {}), (3, {}), (64, {"cache_tokens": 300})):  # slots are reused: stale caches must not leak
         assert_same(sample(prompts, [3] * 7, slots, **more), all_)
     for g in (1, 2, 3):  # alone, and among others: longest first, shortest last
         assert_same(sample(prompts, [3 * (i == g) for i in range(7)], 3), all_[3 * g : 3 * g + 3])
@@ -1136,8 +1136,8 @@ FENCE = f"```json\n[{ADD}]\n```"
     (f"<think>{FENCE.replace('x', 'z')}</think>{FENCE}", ["x"]),
     (f"{FENCE.replace('x', 'z')}</think>{FENCE}", ["x"]),
     ('{"operations": [' + ADD + "]}", ["x"]),
-    (f'[1, "a", null, [], {{}}, {{"no": 1}}, {ADD}, {{"operation": "add", "n": {"[" * 9999}{"]" * 9999}}}]', ["x"]),
-    (f'[{ADD}, {{"operation": "add", "n": {"9" * 5000}}}]', ["x"]),
+    (f'[1, "a", null, [], {{}}, {{"no": 1}}, {ADD}, {{"operation": "add", "n": {"[" * 9999}{"]" * 9999}}}]', ["x", None]),
+    (f'[{ADD}, {{"operation": "add", "n": {"9" * 5000}}}]', ["x", None]),
     ("[]", []), ("```json\n[]\n```", []), ("Nothing should change: [ ]\n", []), ("So **[]**.", []),
     ("<think>hm</think>\n[]", []), (FENCE + "\nNo: []", ["x"]),
     ("", None), ("Nothing should change.", None), ("We need [] to hold elements.", None), ("x = []", None),
@@ -1146,8 +1146,14 @@ FENCE = f"```json\n[{ADD}]\n```"
 ])
 def test_parse_operations(reply, principles):
     operations = espl.parse_operations(reply)
-    assert (operations and [op["principle"] for op in operations]) == principles
+    assert (operations and [op.get("principle") for op in operations]) == principles
     assert not operations or all(op["operation"] == "add" for op in operations)
+
+
+def test_ids_may_stand_in_brackets_as_the_listing_shows_them():
+    reply = json.dumps([modify("[G1]"), merge(["[G0]", "C0"]), remove(" A.G5 ")])
+    named = [[v for k, v in op.items() if k not in ("operation", "principle")] for op in espl.parse_operations(reply)]
+    assert named == [["G1"], [["G0", "C0"]], ["A.G5"]]
 
 
 @pytest.mark.parametrize("written, read", [
@@ -1495,7 +1501,7 @@ UNEQUAL = [(r"\frac{3}{8}", r"\frac{8}{3}"), (r"\frac13", "0.333"), (r"2\sqrt3",
 
 
 def test_equal_and_unequal_answers_in_another_form():
-    verdicts = dict(zip(EQUAL + UNEQUAL, grade_answers(EQUAL + UNEQUAL)))  # in order, though two processes share them
+    verdicts = dict(zip(EQUAL + UNEQUAL, grade_answers(EQUAL + UNEQUAL)))
     assert verdicts == dict.fromkeys(EQUAL, "correct") | dict.fromkeys(UNEQUAL, "wrong")
 
 
@@ -1559,7 +1565,7 @@ def test_without_math_verify_the_outcome_is_error(tmp_path, monkeypatch, capsys)
     (tmp_path / "math_verify.py").write_text("raise ImportError('no such package')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert grade_answers([(r"\frac12", "0.5"), ("5", "5"), (r"\frac12", "1/2")]) == ["error", "correct", "error"]
-    assert capsys.readouterr().err.count("pip install math-verify") == 2  # once for each of the two processes
+    assert capsys.readouterr().err.count("pip install math-verify") == 1
 
 
 def make_tiny_model(directory, seed=0, context=128) -> str:
@@ -1594,7 +1600,7 @@ PROMPTS = """[system]\nw1 w2\n\nw3 {principles}\n[principles]\n
 [aggregate]\n{principles} {suggestions}\n[crossover]\n{sets} {wins}\n"""
 KEYS = set("reward_mean rewards ratings contrast_groups response_tokens truncated outcomes".split())
 RL_KEYS = set("loss grad_norm entropy ratio_mean ratio_max sampler_gap kl trained_rollouts trained_tokens".split())
-EVOLUTION_KEYS = set("mutation crossover parse_failures unanswered dropped".split())
+EVOLUTION_KEYS = set("mutation crossover parse_failures dropped".split())
 
 
 def write_jsonl(path, records) -> str:
@@ -1854,6 +1860,15 @@ def test_interrupted_from_outside(world, tmp_path):
     assert [m["iteration"] for m in metrics(play(["--resume", tmp_path / "run"]))] == [0, 1]
 
 
+def test_a_gradient_that_is_not_finite_makes_no_step(world, tmp_path):
+    def spoilt(*args, add_gradient=espl.add_gradient):
+        gradient, metrics = add_gradient(*args)
+        return jax.tree.map(lambda g: g * np.nan, gradient), metrics
+
+    run = play(flags(world, tmp_path, mode="rl", iterations=1, eval_every=9), add_gradient=spoilt)
+    assert equal(run.policy.theta, run.policy.theta_ref) and np.isnan(metrics(run)[1]["grad_norm"])
+
+
 def test_interrupted_while_loading(world, tmp_path, monkeypatch, capsys):
     def interrupt(config):
         raise KeyboardInterrupt
@@ -1901,7 +1916,8 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "model_type": (lambda w, d: dict(model=model(w, d / "m", model_type="gpt2")), "'gpt2' is not supported"),
     "config.json": (lambda w, d: dict(model=model(w, d / "m", text="{oops")), "cannot read config.json"),
     "generation_config": (lambda w, d: dict(model=model(w, d / "m", "generation_config.json", "{")), "config.json"),
-    "vocabulary": (lambda w, d: dict(model=model(w, d / "m", vocab_size=60)), "has 64 tokens.* 60"),
+    "context": (lambda w, d: dict(context=129), "at most 128 positions"),
+    "vocabulary": (lambda w, d: dict(model=model(w, d / "m", vocab_size=60)), "embed_tokens.*64, 16.*60, 16"),
     "shapes": (lambda w, d: dict(model=model(w, d / "m", intermediate_size=48)), r"mlp\.\w+_proj.weight.*48"),
     "template": (lambda w, d: dict(model=model(w, d / "m", "chat_template.jinja", "silent")), "chat template"),
     "prompts section": (lambda w, d: dict(prompts_file=w / "train.jsonl"), r"no section \[math\.system\]"),
@@ -1948,11 +1964,13 @@ def test_long_problems_are_left_out(world, tmp_path, capsys):
     config = espl.parse_args(flags(world, tmp_path, train_file=file(tmp_path, *problems)))
     task, chat = espl.load_task(config), espl.load_engine(config)[1]
     size = len(chat.ids(espl.system_text(task, []), task.test[0].question))  # that of all short ones
-    espl.drop_long_problems(task, chat, size + 1)
+    espl.drop_long_problems(task, chat, size + 1, 64)
     assert len(task.train + task.val) == 12 and len(task.test) == 3
     assert sum(map(int, re.findall(r"left out (\d) of \d+ (?:train|val) problems", capsys.readouterr().err))) == 2
     with pytest.raises(espl.UserError, match="no train problem fits"):  # no room for a response
-        espl.drop_long_problems(task, chat, size)
+        espl.drop_long_problems(task, chat, size, 64)
+    with pytest.raises(espl.UserError, match="the model has 20 tokens"):
+        espl.drop_long_problems(task, chat, size + 1, 20)
 
 
 # ---- flags and data --------------------------------------------------------------------------------------------------
@@ -2046,13 +2064,24 @@ def test_fit_request(chat, seed):
     assert ids[:3] == whole[:3] and ids[-1] == whole[-1]
 
 
+@pytest.mark.parametrize("turn, text, final", [
+    ("<think>", "w1 w2", ""), ("<think>", "w1 </think> w2", " w2"), ("", "w1 w2", "w1 w2")])
+def test_a_think_that_the_template_opened_is_part_of_the_response(turn, text, final):
+    words = {"<think>": 0, "w1": 1, "w2": 2, "</think>": 3, "": 4}
+    decode = lambda ids, skip_special_tokens=False: " ".join({i: w for w, i in words.items()}[i] for i in ids)
+    chat = espl.Chat(SimpleNamespace(decode=decode))
+    prompt, response = [1, 2, words[turn]], [words[w] for w in text.split()]
+    assert espl.final_text(chat.text(response, prompt)) == final
+
+
 def test_fit_request_cuts_the_middle_with_a_note(chat, monkeypatch):
     monkeypatch.setattr(espl.Chat, "ids", lambda self, system, user: user.split())
     words = espl.fit_request(chat, "w1 {a} {b} w9", {"a": "w2 " * 100, "b": "w3 w4"}, 50)
     assert words[:3] == ["w1", "w2", "w2"] and words[-4:] == ["w2", "w3", "w4", "w9"]
     assert "[… cut …]" in " ".join(words) and 30 < len(words) <= 50
-    assert espl.fit_request(chat, "w1 " * 60 + "{a}", {"a": "w2 " * 100}, 50) is None
-    assert espl.fit_request(chat, "w1 " * 60, {}, 50) is None
+    for template in ("w1 " * 60 + "{a}", "w1 " * 60):
+        with pytest.raises(ValueError, match="does not fit into 50"):
+            espl.fit_request(chat, template, {"a": "w2 " * 100}, 50)
 
 
 @pytest.mark.parametrize("reflect_tokens", [20, 90])
@@ -2067,12 +2096,12 @@ def test_reflection_requests_leave_room_for_the_reply(chat, monkeypatch, tmp_pat
     engine = SimpleNamespace(context=100, policy=SimpleNamespace(theta="now", theta_ref="reference"))
     task = SimpleNamespace(texts={"summarize": "w1 {a}", "critique": "w1 " * 200})
     run = espl.Run(espl.Config(reflect_tokens=reflect_tokens), task, chat, engine, None, None, None, tmp_path)
-    log = Counter()
-    ask = espl.make_ask(run, 1, log)
-    assert len(ask("summarize", [{"a": "w2 " * n} for n in (3, 500)])) == 2 and log["unanswered"] == 0
-    assert ask("critique", [{"a": ""}]) == [""] and log["unanswered"] == 1 and seen[1][2] == [0]
+    ask = espl.make_ask(run, 1)
+    assert len(ask("summarize", [{"a": "w2 " * n} for n in (3, 500)])) == 2
+    with pytest.raises(ValueError, match="does not fit"):
+        ask("critique", [{"a": ""}])
     ask("summarize", [{"a": "w2"}])
-    assert {theta for theta, *_ in seen} == {"reference"} and len({seed for *_, seed in seen}) == 3  # no stream twice
+    assert {theta for theta, *_ in seen} == {"reference"} and len({seed for *_, seed in seen}) == 2  # no stream twice
     assert max(map(len, seen[0][1])) <= max(100 - reflect_tokens, 50)
 
 
