@@ -80,6 +80,11 @@ def progress(iterable=None, **kwargs):
     return tqdm(iterable, leave=False, dynamic_ncols=True, disable=None, **kwargs)
 
 
+def warn(message: str) -> None:
+    """A line to stderr that does not tear a progress bar."""
+    tqdm.write(f"espl: warning: {message}", file=sys.stderr)
+
+
 # ======================================================================================================================
 # 2. Config: the flags. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
@@ -194,6 +199,7 @@ def parse_args(argv: list[str]) -> Config:
         symbol = f"[{m['symbol']}] " if m["symbol"] else ""
         default = f" (default: {f.default})" if f.default != "" else ""
         groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), help=symbol + m["text"] + default, **how)
+
     def stop(message):
         raise UserError(f"{message}; see python espl.py --help")
 
@@ -281,6 +287,16 @@ def read_prompts(path: str, task: str) -> dict[str, str]:
 def fill(template: str, slots: dict[str, str]) -> str:
     """Replace each {slot} in one pass: braces in LaTeX, JSON examples and filled-in text are left alone."""
     return re.sub(r"\{(\w+)\}", lambda m: slots.get(m[1], m[0]), template)
+
+
+def numbered(principles: list[str], prefix: str = "") -> dict[str, str]:
+    """{"G0": first principle, …}, with a set's letter as prefix ("A.G0")."""
+    return {f"{prefix}G{i}": text for i, text in enumerate(principles)}
+
+
+def listing(principles: dict[str, str]) -> str:
+    """Principles as a model reads them, one a line with its id."""
+    return "\n".join(f"[{i}] {text}" for i, text in principles.items()) or "(none)"
 
 
 def system_text(task: Task, principles: list[str]) -> str:
@@ -676,16 +692,6 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
 # ---- Reflection: mutation and crossover ----
 # ask(request, [slots, …]) -> [reply, …] samples the reflection model on a batch of filled-in requests from
 # prompts_seed.txt ("" when one could not be answered). `log` is the iteration's record: what was dropped and why.
-
-
-def numbered(principles: list[str], prefix: str = "") -> dict[str, str]:
-    """{"G0": first principle, …}, with a set's letter as prefix ("A.G0")."""
-    return {f"{prefix}G{i}": text for i, text in enumerate(principles)}
-
-
-def listing(principles: dict[str, str]) -> str:
-    """Principles as a model reads them, one a line with its id."""
-    return "\n".join(f"[{i}] {text}" for i, text in principles.items()) or "(none)"
 
 
 def ask_operations(ask, task: Task, request: str, slots: list[dict], log: dict) -> list[list | None]:
@@ -1348,6 +1354,70 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
     return responses
 
 
+def find_model(name: str) -> str:
+    """Local directory of a model, downloaded from the Hugging Face hub if it is not one already."""
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"--model {name}: no such directory")
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+    except Exception as e:
+        raise UserError(f"cannot get {name} from the Hugging Face hub ({first_line(e)}); check name and network, run "
+                        "'hf auth login' if the model is gated, or give --model a local directory") from e
+
+
+def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """End-of-sequence ids of generation_config.json, config.json and the tokenizer (each one id or a list)."""
+    found = [tokenizer.eos_token_id]
+    for path in (Path(directory) / "generation_config.json", Path(directory) / "config.json"):
+        if path.is_file():
+            try:
+                eos = json.loads(path.read_text()).get("eos_token_id")
+            except ValueError as e:
+                raise UserError(f"{path} is not JSON ({first_line(e)}); download it again") from e
+            found += eos if isinstance(eos, list) else [eos]
+    if not (ids := tuple(sorted({i for i in found if i is not None and i < vocab_size}))):
+        raise UserError(f"{directory} names no end-of-sequence token; set eos_token_id in its generation_config.json")
+    return ids
+
+
+def cache_tokens(policy: Policy) -> int:
+    """Tokens of key/value cache that fit: 35 % of the free accelerator memory, as a growing cache exists twice."""
+    stats, cfg, mesh = jax.local_devices()[0].memory_stats() or {}, policy.cfg, policy.mesh.shape
+    if "bytes_limit" not in stats:  # not known on CPU
+        return 2**40
+    adam = 2 * sum(w.nbytes for w in jax.tree.leaves(policy.theta)) / len(jax.devices())  # does not exist yet
+    shards = mesh["data"] * (mesh["model"] if cfg.num_kv_heads % mesh["model"] == 0 else 1)
+    token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
+    return int(0.35 * (stats["bytes_limit"] - stats["bytes_in_use"] - adam) * shards / token)
+
+
+def load_engine(config: Config) -> tuple[Engine, Chat]:
+    """The model on a data x model mesh of all devices, ready to sample, and its chat format."""
+    from transformers import AutoTokenizer
+    if len(jax.devices()) % config.model_parallel:
+        raise UserError(f"--model-parallel {config.model_parallel} does not divide the {len(jax.devices())} devices")
+    mesh = jax.make_mesh((len(jax.devices()) // config.model_parallel, config.model_parallel), ("data", "model"),
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    jax.set_mesh(mesh)
+    directory = find_model(config.model)
+    dtype = config.dtype if config.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    cfg = read_model_config(directory, dtype, config.lora_rank, config.lora_alpha)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as e:
+        raise UserError(f"cannot read the tokenizer in {directory}: {first_line(e)}") from e
+    if config.context > cfg.max_context:
+        raise UserError(f"--context {config.context}: the model was made for at most {cfg.max_context} positions")
+    eos = stop_tokens(directory, tokenizer, cfg.vocab_size)
+    policy = load_policy(directory, cfg, mesh, config.seed)
+    slots = config.slots or (64 if jax.default_backend() == "cpu" else 512)
+    engine = Engine(policy, eos, config.context or cfg.max_context, slots, cache_tokens(policy))
+    return engine, Chat(tokenizer, config.prompt_role, config.thinking)
+
+
 # ======================================================================================================================
 # 7. RL update: J(theta) = 1/(N M B) sum_ibj A_ibj sum_t w_t log pi_theta(y_t | s_i, x_b, y_<t) - beta KL(pi, pi_ref)
 # ======================================================================================================================
@@ -1525,11 +1595,6 @@ class Run:
                 f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
         except (OSError, ValueError) as e:
             warn(f"could not write {file}: {first_line(e)}")
-
-
-def warn(message: str) -> None:
-    """A line to stderr that does not tear a progress bar."""
-    tqdm.write(f"espl: warning: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -1826,70 +1891,6 @@ def print_line(run: Run, m: dict, last: int) -> None:
     tqdm.write(" | ".join(parts + [" ".join(f"{k} {v:.1f}s" for k, v in m["seconds"].items())]))
     if run.config.show_samples and m["iteration"] % run.config.show_samples == 0:
         tqdm.write(textwrap.indent(run.shown, "        "))
-
-
-def find_model(name: str) -> str:
-    """Local directory of a model, downloaded from the Hugging Face hub if it is not one already."""
-    if Path(name).is_dir():
-        return name
-    if name.startswith((".", "/", "~")):
-        raise UserError(f"--model {name}: no such directory")
-    try:
-        from huggingface_hub import snapshot_download
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
-    except Exception as e:
-        raise UserError(f"cannot get {name} from the Hugging Face hub ({first_line(e)}); check name and network, run "
-                        "'hf auth login' if the model is gated, or give --model a local directory") from e
-
-
-def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json, config.json and the tokenizer (each one id or a list)."""
-    found = [tokenizer.eos_token_id]
-    for path in (Path(directory) / "generation_config.json", Path(directory) / "config.json"):
-        if path.is_file():
-            try:
-                eos = json.loads(path.read_text()).get("eos_token_id")
-            except ValueError as e:
-                raise UserError(f"{path} is not JSON ({first_line(e)}); download it again") from e
-            found += eos if isinstance(eos, list) else [eos]
-    if not (ids := tuple(sorted({i for i in found if i is not None and i < vocab_size}))):
-        raise UserError(f"{directory} names no end-of-sequence token; set eos_token_id in its generation_config.json")
-    return ids
-
-
-def cache_tokens(policy: Policy) -> int:
-    """Tokens of key/value cache that fit: 35 % of the free accelerator memory, as a growing cache exists twice."""
-    stats, cfg, mesh = jax.local_devices()[0].memory_stats() or {}, policy.cfg, policy.mesh.shape
-    if "bytes_limit" not in stats:  # not known on CPU
-        return 2**40
-    adam = 2 * sum(w.nbytes for w in jax.tree.leaves(policy.theta)) / len(jax.devices())  # does not exist yet
-    shards = mesh["data"] * (mesh["model"] if cfg.num_kv_heads % mesh["model"] == 0 else 1)
-    token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
-    return int(0.35 * (stats["bytes_limit"] - stats["bytes_in_use"] - adam) * shards / token)
-
-
-def load_engine(config: Config) -> tuple[Engine, Chat]:
-    """The model on a data x model mesh of all devices, ready to sample, and its chat format."""
-    from transformers import AutoTokenizer
-    if len(jax.devices()) % config.model_parallel:
-        raise UserError(f"--model-parallel {config.model_parallel} does not divide the {len(jax.devices())} devices")
-    mesh = jax.make_mesh((len(jax.devices()) // config.model_parallel, config.model_parallel), ("data", "model"),
-                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    jax.set_mesh(mesh)
-    directory = find_model(config.model)
-    dtype = config.dtype if config.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    cfg = read_model_config(directory, dtype, config.lora_rank, config.lora_alpha)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as e:
-        raise UserError(f"cannot read the tokenizer in {directory}: {first_line(e)}") from e
-    if config.context > cfg.max_context:
-        raise UserError(f"--context {config.context}: the model was made for at most {cfg.max_context} positions")
-    eos = stop_tokens(directory, tokenizer, cfg.vocab_size)
-    policy = load_policy(directory, cfg, mesh, config.seed)
-    slots = config.slots or (64 if jax.default_backend() == "cpu" else 512)
-    engine = Engine(policy, eos, config.context or cfg.max_context, slots, cache_tokens(policy))
-    return engine, Chat(tokenizer, config.prompt_role, config.thinking)
 
 
 def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:
