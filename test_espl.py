@@ -1976,9 +1976,10 @@ def test_long_problems_are_left_out(world, tmp_path, capsys):
 # ---- flags and data --------------------------------------------------------------------------------------------------
 
 
-def test_help_lists_every_flag(capsys):
+@pytest.mark.parametrize("argv", [["--help"], []])
+def test_help_lists_every_flag(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        espl.main(["--help"])
+        espl.main(argv)
     text = capsys.readouterr().out
     entries = {e.split()[0].strip(","): " ".join(e.split()) for e in re.split(r"\n  (?=--)", text)}
     assert stop.value.code == 0
