@@ -750,7 +750,8 @@ def mutate(parent: SystemPrompt, attempts: list[Group], ask, task: Task, config:
         log["dropped"].update({"beyond K_ops": max(0, len(good) - config.max_operations)})
         proposals += good[: config.max_operations]
     if not proposals:
-        log["mutation"] = "none: no valid proposal"
+        unread = sum(ops is None for ops in critiques)
+        log["mutation"] = f"none: no valid proposal ({unread} of {len(critiques)} critiques did not parse)"
         return None
     # App. Local-to-Global Aggregation: one request for all proposals; added principles are candidates C0, C1, …
     added = [" ".join(op["principle"].split()) for op in proposals if op["operation"] == "add"]
