@@ -1900,9 +1900,9 @@ def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) ->
     for split in ("train", "val", "test"):
         problems = getattr(task, split)
         ids = [chat.ids(system, x.question) for x in problems]
-        if (highest := max((max(i) for i in ids), default=0)) >= vocab_size:
+        if (highest := max((max(i, default=0) for i in ids), default=0)) >= vocab_size:
             raise UserError(f"the tokenizer gives id {highest}, the model has {vocab_size} tokens; --model mixes two")
-        kept = [x for x, i in zip(problems, ids) if len(i) < context]
+        kept = [x for x, i in zip(problems, ids) if 0 < len(i) < context]
         if len(kept) < len(problems):
             warn(f"left out {len(problems) - len(kept)} of {len(problems)} {split} problems: over {context} tokens")
         if problems and not kept and split != "val":
