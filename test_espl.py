@@ -518,6 +518,13 @@ def test_the_context_limits_a_response(policy):
     assert generate(policy, RAGGED[:2], [0, 0], DRAWN) == [[], []]
 
 
+def test_the_cache_stays_within_its_tokens(policy, monkeypatch):
+    shapes, decode = [], espl.decode_chunk
+    monkeypatch.setattr(espl, "decode_chunk", lambda *a: shapes.append(a[3]["k"].shape[1:3]) or decode(*a))
+    generate(policy, RAGGED, [3] * 6, DRAWN, cache_tokens=600)
+    assert max(rows for rows, _ in shapes) > 1 and max(rows * length for rows, length in shapes) <= 600
+
+
 def test_a_response_does_not_depend_on_slots_or_company(policy):
     def sample(prompts, counts, slots, **more):
         groups = generate(policy, prompts, counts, DRAWN, (5, 1), slots, eos=(1, 2), **more)
@@ -1136,7 +1143,8 @@ FENCE = f"```json\n[{ADD}]\n```"
     (f"<think>{FENCE.replace('x', 'z')}</think>{FENCE}", ["x"]),
     (f"{FENCE.replace('x', 'z')}</think>{FENCE}", ["x"]),
     ('{"operations": [' + ADD + "]}", ["x"]),
-    (f'[1, "a", null, [], {{}}, {{"no": 1}}, {ADD}, {{"operation": "add", "n": {"[" * 9999}{"]" * 9999}}}]', ["x", None]),
+    (f'[1, "a", null, [], {{}}, {{"no": 1}}, {ADD}, {{"operation": "add", "n": {"[" * 9999}{"]" * 9999}}}]',
+     ["x", None]),
     (f'[{ADD}, {{"operation": "add", "n": {"9" * 5000}}}]', ["x", None]),
     ("[]", []), ("```json\n[]\n```", []), ("Nothing should change: [ ]\n", []), ("So **[]**.", []),
     ("<think>hm</think>\n[]", []), (FENCE + "\nNo: []", ["x"]),
@@ -1858,6 +1866,13 @@ def test_interrupted_from_outside(world, tmp_path):
     assert process.returncode == 130 and "Traceback" not in error
     assert error.strip().split("\n")[-1].endswith(f"python espl.py --resume {tmp_path / 'run'}")
     assert [m["iteration"] for m in metrics(play(["--resume", tmp_path / "run"]))] == [0, 1]
+
+
+def test_later_checkpoints_of_a_killed_run_are_replaced(run_of, tmp_path):
+    with espl.checkpoint_manager(run_of("rl"), str(tmp_path / "other"), keep=1) as manager:
+        for iteration in (8, 6):  # orbax itself ignores a step that is not the latest
+            espl.save_checkpoint(run_of("rl"), manager, iteration)
+            assert list(manager.all_steps()) == [iteration]
 
 
 def test_a_gradient_that_is_not_finite_makes_no_step(world, tmp_path):
