@@ -22,8 +22,8 @@ Where this file departs from the paper (P) or from its released code (C), and wh
  3. A child's sigma is sqrt(sigma^2 + dsigma^2) (P's appendix, C), not sigma + dsigma (P's Algorithm 1).
  4. Ties: in the ranking neighbours within 0.01 tie; ties for the best prompt are broken at random, seeded.
  5. Principles go into the system turn (P), not after the problem (C); --prompt-role user for the latter.
- 6. A validation split of the training problems picks the checkpoint; the test set only reports. C picks by test score,
-    and the paper's figures are running maxima over the test set.
+ 6. A validation split of the training problems picks the checkpoint; the test set only reports, and its questions are
+    taken out of the training set. C picks by test score; the paper's figures are running maxima over the test set.
  7. The policy is the tempered softmax: sampler and trainer divide logits by the same temperature. With top_p < 1 the
     sampler renormalises and the trainer does not; the mean importance ratio is logged.
  8. Every reflected operation is checked on its own and dropped alone if it is bad; C lets one bad item spoil the reply,
@@ -691,7 +691,7 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
 
 # ---- Reflection: mutation and crossover ----
 # ask(request, [slots, …]) -> [reply, …] samples the reflection model on a batch of filled-in requests from
-# prompts_seed.txt ("" when one could not be answered). `log` is the iteration's record: what was dropped and why.
+# prompts_seed.txt. `log` is the iteration's record: what was made or dropped, and why.
 
 
 def ask_operations(ask, task: Task, request: str, slots: list[dict], log: dict) -> list[list | None]:
@@ -724,26 +724,26 @@ class Group:
         return ["correct" if r >= 0.5 else "wrong" for r in self.rewards]
 
 
-def mutate(parent: SystemPrompt, attempts: list[Group], ask, task: Task, config: Config, log: dict) -> list[str] | None:
+def mutate(parent: SystemPrompt, groups: list[Group], ask, task: Task, config: Config, log: dict) -> list[str] | None:
     """Principles of a child of the best prompt, from contrasting its successes and failures; None: no child (log says
     why).   (Alg. 1, mutation step; appendix LLM-Based Self-Reflection: summarise, critique, aggregate, apply)"""
     wanted = {"contrast": lambda v: 0 < v < 1, "failures": lambda v: v < 1, "all": lambda v: True}[config.reflect_on]
-    chosen = [a for a in attempts if wanted(a.value)]
+    chosen = [g for g in groups if wanted(g.value)]
     if not chosen:
         log["mutation"] = f"none: no problem to reflect on ({config.reflect_on})"
         return None
-    current, problems = numbered(parent.principles), [a.problem for a in chosen]
+    current, problems = numbered(parent.principles), [g.problem for g in chosen]
     # App. Trajectory Summarization: one request a rollout, given its grade and the truth
     summaries = iter(ask("summarize", [  # in the order in which the critiques below take them
-        dict(problem=a.problem.question, answer=a.problem.answer, principles=listing(current),
+        dict(problem=g.problem.question, answer=g.problem.answer, principles=listing(current),
              response=text, grade=grade)
-        for a in chosen for text, grade in zip(a.texts, a.graded)]))
+        for g in chosen for text, grade in zip(g.texts, g.graded)]))
     # App. Self-Critique and Local Edit Proposal: one request a problem, at most K_ops operations each
     critiques = ask_operations(ask, task, "critique", [
-        dict(problem=a.problem.question, answer=a.problem.answer, principles=listing(current),
+        dict(problem=g.problem.question, answer=g.problem.answer, principles=listing(current),
              max_operations=str(config.max_operations),
-             attempts="\n\n".join(f"Attempt {j + 1} ({grade}):\n{next(summaries)}" for j, grade in enumerate(a.graded)))
-        for a in chosen], log)
+             attempts="\n\n".join(f"Attempt {j + 1} ({grade}):\n{next(summaries)}" for j, grade in enumerate(g.graded)))
+        for g in chosen], log)
     proposals = []
     for ops in critiques:
         good = valid(ops or [], ("add", "modify"), current, problems, config, log["dropped"])
@@ -776,14 +776,14 @@ def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
     return wins if best in wins and len(wins) > 1 else {}
 
 
-def crossover(prompts: list[SystemPrompt], attempts_MB: list[list[Group]], best: int, ask, task: Task, config: Config,
+def crossover(prompts: list[SystemPrompt], groups_MB: list[list[Group]], best: int, ask, task: Task, config: Config,
               log: dict) -> tuple[list[str], list[SystemPrompt]] | None:
     """Principles of a child of several prompts, and its parents (the best one first); None: no child   (Alg. 2)."""
-    values_MB = np.array([[a.value for a in row] for row in attempts_MB])
+    values_MB = np.array([[g.value for g in row] for row in groups_MB])
     if not (wins := crossover_parents(values_MB, best)):
         log["crossover"] = "none: fewer than two prompts, or not the best one, won a problem strictly"
         return None
-    problems = [a.problem for a in attempts_MB[0]]
+    problems = [g.problem for g in groups_MB[0]]
     letters = dict(zip(wins, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
     sets = [f"Set {x}:\n{listing(numbered(prompts[i].principles, x + '.'))}" for i, x in letters.items()]
     cited = {i: [f"Problem {b}: {problems[b].question}" for b in wins[i]] for i in wins}
@@ -1814,12 +1814,13 @@ def to_samples(run: Run, groups_MB: list[list[Group]]) -> list[Sample]:
     return samples
 
 
-def evolve(run: Run, prompts: list[SystemPrompt], groups_MB: list[list[Group]], iteration: int, rng) -> dict:
+def evolve(run: Run, prompts: list[SystemPrompt], groups_MB: list[list[Group]], values_M: list[float], iteration: int,
+           rng) -> dict:
     """Mutation of the best prompt and, with p_crossover, crossover (Alg. 1, from k <- argmax on). Returns the log."""
     c, population = run.config, run.population
     log = {"mutation": "none", "crossover": "none", "parse_failures": 0, "dropped": Counter()}
     ask = make_ask(run, iteration)
-    k = argmax([float(np.mean([g.value for g in row])) for row in groups_MB], rng)  # k <- argmax_i V_i
+    k = argmax(values_M, rng)  # k <- argmax_i V_i
     operators = {"mutation": lambda: (mutate(prompts[k], groups_MB[k], ask, run.task, c, log), [prompts[k]])}
     if rng.random() < c.p_crossover and len(prompts) > 1:  # Alg. 2
         operators["crossover"] = lambda: crossover(prompts, groups_MB, k, ask, run.task, c, log) or (None, [])
@@ -1859,7 +1860,7 @@ def espl_iteration(run: Run, iteration: int) -> dict:
         # v <- argsort V; (mu_i, sigma_i) <- TrueSkill.update
         update_ratings(prompts_M, values_M, iteration)
         # Mutate the best prompt s_k; with probability p_crossover recombine (Algorithm 2); append the children to S.
-        evolution = evolve(run, prompts_M, groups_MB, iteration, rng)
+        evolution = evolve(run, prompts_M, groups_MB, values_M, iteration, rng)
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
 
 
