@@ -1875,6 +1875,15 @@ def test_later_checkpoints_of_a_killed_run_are_replaced(run_of, tmp_path):
             assert list(manager.all_steps()) == [iteration]
 
 
+def test_the_objective_is_a_mean_over_all_rollouts(world, tmp_path):
+    given = []
+    run = play(flags(world, tmp_path, mode="espl", iterations=2),
+               rl_update=lambda *args, update=espl.rl_update: given.append(args[3:5]) or update(*args))
+    for iteration, (samples, number) in enumerate(given, 1):  # 1/(N M B), though groups without signal are left out
+        rollouts = [(r["split"], r["iteration"]) for r in read_lines(run, "rollouts.jsonl")].count(("train", iteration))
+        assert number == rollouts == 60 and 0 < len(samples) < 60
+
+
 def test_a_gradient_that_is_not_finite_makes_no_step(world, tmp_path):
     def spoilt(*args, add_gradient=espl.add_gradient):
         gradient, metrics = add_gradient(*args)
