@@ -1780,7 +1780,7 @@ def draw_curves(run: Run) -> None:
             axis.plot(*zip(*curve or [(math.nan, math.nan)]), marker=".", label=label)
         if 1 < len(curves) <= 10:
             axis.legend(fontsize=8)
-        axis.set(title=title, xlabel="iteration", xlim=(0, max(1, lines[-1]["iteration"])))
+        axis.set(title=title, xlabel="iteration", xlim=(-0.5, lines[-1]["iteration"] + 0.5))
         axis.grid(alpha=0.3)
         if title == "reward":
             axis.set_ylim(-0.02, 1.02)
