@@ -1,5 +1,6 @@
 """E-SPL: Evolutionary System Prompt Learning for RL in LLMs (arXiv 2602.14697), in one file of JAX.
 
+    python espl.py                                               # all of it in minutes, on any machine (section 8)
     python espl.py --task aime                                   # AIME -> BeyondAIME with Qwen/Qwen3-1.7B from the hub
     python espl.py --task aime --mode rl                         # a baseline: evolution | reflection | rl
     python espl.py --resume runs/aime-espl-20260214-120000       # go on after the last complete iteration
@@ -35,12 +36,17 @@ Where this file departs from the paper (P) or from its released code (C), and wh
 import argparse
 import contextlib
 import dataclasses
+import hashlib
+import inspect
 import json
 import math
 import os
+import random
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -94,8 +100,14 @@ TASKS = {  # --task: (train sets, test sets), each a "data set of the hub:split"
     "aime": ([AIME], ["ByteDance-Seed/BeyondAIME:test"]),
     "aime_amc": ([AIME, AMC], ["ByteDance-Seed/BeyondAIME:test"]),
     "dapo": (["BytedTsinghua-SIA/DAPO-Math-17k:train"], ["yentinglin/aime_2025:train"]),
+    "glyphs": ([], []),  # made by the program (section 8)
     "hmmt": ([f"MathArena/hmmt_feb_{y}:train" for y in (2023, 2024, 2025)], ["MathArena/hmmt_nov_2025:train"]),
 }
+GLYPHS_DEFAULTS = dict(  # --task glyphs: what a model of 146k parameters needs instead of the paper's values
+    model="embedded", lora_rank=0, train_size=416, learning_rate=3e-4, max_grad_norm=1.0, temperature=1.0, top_p=1.0,
+    max_new_tokens=32, iterations=60, reflect_on="failures", reflect_problems=4, max_operations=1, reflect_tokens=128,
+    reflect_temperature=0.5, max_principles=14, test_samples=2, test_greedy=True, save_every=10,
+    microbatch_tokens=7200)
 MODES = ("espl", "evolution", "reflection", "rl")
 LOSSES = ("importance_sampling", "ppo", "cispo", "reinforce")
 
@@ -109,7 +121,7 @@ def flag(default, group: str, text: str, symbol: str = "", low=None, high=None, 
 @dataclass
 class Config:
     """Everything that decides a run. --help prints this class."""
-    task: str = flag("", "Task", "train -> test problems", choices=tuple(TASKS))
+    task: str = flag("", "Task", "train -> test problems; glyphs (no download) if none is given", choices=tuple(TASKS))
     train_file: str = flag("", "Task", "JSONL of training problems instead (fields: README)")
     test_file: str = flag("", "Task", "JSONL of test problems instead")
     train_size: int = flag(256, "Task", "most training problems, validation included", low=1)
@@ -162,6 +174,7 @@ class Config:
     reflector: str = flag("reference", "Reflection", "pi_ref or pi_theta", choices=("reference", "current"))
     reflect_on: str = flag("contrast", "Reflection", "problems with 0 < V < 1, V < 1, or all",
                            choices=("contrast", "failures", "all"))
+    reflect_problems: int = flag(0, "Reflection", "most problems reflected on in an iteration (0: all)", low=0)
     max_operations: int = flag(2, "Reflection", "edits proposed for one problem", "K_ops", low=1)
     reflect_temperature: float = flag(0.6, "Reflection", "sampling temperature (top_p as for rollouts)", low=0)
     reflect_tokens: int = flag(8192, "Reflection", "longest reply", low=1)
@@ -171,6 +184,7 @@ class Config:
 
     eval_every: int = flag(10, "Evaluation", "iterations between evaluations; the first is before training", low=1)
     test_samples: int = flag(10, "Evaluation", "responses to each problem", low=1)
+    test_greedy: bool = flag(False, "Evaluation", "also one greedy response to each test problem")
     test_prompt: str = flag("best", "Evaluation", "prompt tested: highest mu - lambda sigma, or the latest",
                             choices=("best", "latest"))
 
@@ -187,7 +201,7 @@ RESUMABLE = ("epochs", "iterations", "save_every", "show_samples", "slots", "mic
 def parse_args(argv: list[str]) -> Config:
     """Config from the command line; --resume takes the run's own flags. Raises UserError for impossible values."""
     parser = argparse.ArgumentParser(
-        usage="python espl.py --task TASK [flags]", description=__doc__.split("\n")[0],
+        usage="python espl.py [--task TASK] [flags]", description=__doc__.split("\n")[0],
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
     groups = {f.metadata["group"]: None for f in dataclasses.fields(Config)}
@@ -197,15 +211,18 @@ def parse_args(argv: list[str]) -> Config:
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
             type=kind, choices=m["choices"], metavar=None if m["choices"] else kind.__name__.upper())
         symbol = f"[{m['symbol']}] " if m["symbol"] else ""
-        default = f" (default: {f.default})" if f.default != "" else ""
+        other = f"; for glyphs {GLYPHS_DEFAULTS[f.name]}" if f.name in GLYPHS_DEFAULTS else ""
+        default = f" (default: {f.default}{other})" if f.default != "" else ""
         groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), help=symbol + m["text"] + default, **how)
 
     def stop(message):
         raise UserError(f"{message}; see python espl.py --help")
 
     parser.error = stop  # instead of the usage on many lines
-    given = vars(parser.parse_args(argv or ["--help"]))
-    saved = {}
+    given = vars(parser.parse_args(argv))
+    if not given.keys() & {"task", "train_file", "test_file", "resume"}:
+        given["task"] = "glyphs"
+    saved = GLYPHS_DEFAULTS if given.get("task") == "glyphs" else {}
     if given.get("resume"):
         path = Path(given["resume"]) / "config.json"
         try:
@@ -231,10 +248,11 @@ def parse_args(argv: list[str]) -> Config:
 # ======================================================================================================================
 
 SLOTS = {  # sections of prompts_seed.txt and the slots each must contain
-    "system": ("principles",), "principles": (), "summarize": ("problem", "principles", "response", "grade", "answer"),
-    "critique": ("problem", "principles", "attempts", "answer", "max_operations"),
+    "system": ("principles",), "principles": (), "summarize": ("problem", "response", "grade", "answer"),
+    "critique": ("problem", "principles", "attempts", "answer"),
     "aggregate": ("principles", "suggestions"), "crossover": ("sets", "wins"),
 }
+DEFAULT_PROMPTS = str(Path(__file__).parent / "prompts_seed.txt")
 
 
 @dataclass(frozen=True)
@@ -355,17 +373,18 @@ def read_hub(name: str) -> list[Problem]:
 
 def load_task(config: Config) -> Task:
     """Problems, split into train and validation by the seed, and the texts of config's task."""
-    name = config.task or Path(config.train_file).stem
-    texts = read_prompts(config.prompts_file or str(Path(__file__).parent / "prompts_seed.txt"), "math")
-    hub = TASKS.get(config.task, ([], []))
+    name, glyphs = config.task or Path(config.train_file).stem, config.task == "glyphs"
+    texts = read_prompts(config.prompts_file or DEFAULT_PROMPTS, "glyphs" if glyphs else "math")
+    hub, made = TASKS.get(config.task, ([], [])), glyph_problems(config.seed) if glyphs else ([], [])
 
-    def read(file, names, flag_name):
-        problems = read_jsonl(file) if file else [p for name in names for p in read_hub(name)]
+    def read(file, names, made, flag_name):
+        problems = read_jsonl(file) if file else made + [p for name in names for p in read_hub(name)]
         if not problems:
             raise UserError(f"there is no problem in {file or names}; choose another {flag_name}")
         return list({p.question: p for p in reversed(problems)}.values())[::-1]  # of duplicates the first
 
-    train, test = read(config.train_file, hub[0], "--train-file"), read(config.test_file, hub[1], "--test-file")
+    train = read(config.train_file, hub[0], made[0], "--train-file")
+    test = read(config.test_file, hub[1], made[1], "--test-file")
     seen = {p.question for p in test}
     train = [p for p in train if p.question not in seen]  # never train on a test problem
     order = np.random.default_rng([config.seed, zlib.crc32(b"split")]).permutation(len(train))[: config.train_size]
@@ -373,7 +392,8 @@ def load_task(config: Config) -> Task:
     val, train = [train[i] for i in order[:held]], [train[i] for i in order[held:]]
     if not train:
         raise UserError("every training problem is also a test problem; use another --train-file")
-    return Task(name, train, val, test, texts, grade_math, parse_operations)
+    language = (grade_glyphs, parse_glyphs) if glyphs else (grade_math, parse_operations)
+    return Task(name, train, val, test, texts, *language)
 
 
 @dataclass
@@ -724,11 +744,33 @@ class Group:
         return ["correct" if r >= 0.5 else "wrong" for r in self.rewards]
 
 
+def critique_slots(problem: Problem, principles: dict, summaries: list[tuple[str, str]], max_operations: int) -> dict:
+    """Slots of a critique request: one problem, with the (grade, summary) of each rollout."""
+    attempts = [f"Attempt {j + 1} ({grade}):\n{text}" for j, (grade, text) in enumerate(summaries)]
+    return dict(problem=problem.question, answer=problem.answer, principles=listing(principles),
+                attempts="\n\n".join(attempts), max_operations=str(max_operations))
+
+
+def aggregate_slots(principles: dict, proposals: list[dict]) -> tuple[dict, dict]:
+    """The principles with the proposed new ones as candidates C0, C1, …, and the slots of the aggregation request."""
+    added = [" ".join(op["principle"].split()) for op in proposals if op["operation"] == "add"]
+    candidates = principles | {f"C{i}": text for i, text in enumerate(added)}
+    changes = [f"[{op['modified_from']}] -> {op['principle']}" for op in proposals if op["operation"] == "modify"]
+    return candidates, dict(principles=listing(candidates), suggestions="\n".join(changes) or "(none)")
+
+
+def crossover_slots(sets: dict[str, list[str]], wins: list[tuple[str, int, Problem]]) -> dict:
+    """Slots of a crossover request: the sets of principles by letter, and (letter, number, problem) of each win."""
+    lists = [f"Set {x}:\n{listing(numbered(principles, x + '.'))}" for x, principles in sets.items()]
+    won = [f"Problem {b} (won by set {x}):\n{problem.question}" for x, b, problem in wins]
+    return dict(sets="\n\n".join(lists), wins="\n\n".join(won))
+
+
 def mutate(parent: SystemPrompt, groups: list[Group], ask, task: Task, config: Config, log: dict) -> list[str] | None:
     """Principles of a child of the best prompt, from contrasting its successes and failures; None: no child (log says
     why).   (Alg. 1, mutation step; appendix LLM-Based Self-Reflection: summarise, critique, aggregate, apply)"""
     wanted = {"contrast": lambda v: 0 < v < 1, "failures": lambda v: v < 1, "all": lambda v: True}[config.reflect_on]
-    chosen = [g for g in groups if wanted(g.value)]
+    chosen = [g for g in groups if wanted(g.value)][: config.reflect_problems or None]
     if not chosen:
         log["mutation"] = f"none: no problem to reflect on ({config.reflect_on})"
         return None
@@ -740,9 +782,7 @@ def mutate(parent: SystemPrompt, groups: list[Group], ask, task: Task, config: C
         for g in chosen for text, grade in zip(g.texts, g.graded)]))
     # App. Self-Critique and Local Edit Proposal: one request a problem, at most K_ops operations each
     critiques = ask_operations(ask, task, "critique", [
-        dict(problem=g.problem.question, answer=g.problem.answer, principles=listing(current),
-             max_operations=str(config.max_operations),
-             attempts="\n\n".join(f"Attempt {j + 1} ({grade}):\n{next(summaries)}" for j, grade in enumerate(g.graded)))
+        critique_slots(g.problem, current, [(grade, next(summaries)) for grade in g.graded], config.max_operations)
         for g in chosen], log)
     proposals = []
     for ops in critiques:
@@ -753,12 +793,9 @@ def mutate(parent: SystemPrompt, groups: list[Group], ask, task: Task, config: C
         unread = sum(ops is None for ops in critiques)
         log["mutation"] = f"none: no valid proposal ({unread} of {len(critiques)} critiques did not parse)"
         return None
-    # App. Local-to-Global Aggregation: one request for all proposals; added principles are candidates C0, C1, …
-    added = [" ".join(op["principle"].split()) for op in proposals if op["operation"] == "add"]
-    candidates = current | {f"C{i}": text for i, text in enumerate(added)}
-    changes = [f"[{op['modified_from']}] -> {op['principle']}" for op in proposals if op["operation"] == "modify"]
-    [plan] = ask_operations(ask, task, "aggregate", [
-        dict(principles=listing(candidates), suggestions="\n".join(changes) or "(none)")], log)
+    # App. Local-to-Global Aggregation: one request for all proposals
+    candidates, slots = aggregate_slots(current, proposals)
+    [plan] = ask_operations(ask, task, "aggregate", [slots], log)
     if plan is None:
         log["mutation"] = "none: the revision plan did not parse"
         return None
@@ -785,10 +822,9 @@ def crossover(prompts: list[SystemPrompt], groups_MB: list[list[Group]], best: i
         return None
     problems = [g.problem for g in groups_MB[0]]
     letters = dict(zip(wins, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
-    sets = [f"Set {x}:\n{listing(numbered(prompts[i].principles, x + '.'))}" for i, x in letters.items()]
-    cited = {i: [f"Problem {b}: {problems[b].question}" for b in wins[i]] for i in wins}
-    won = ["\n\n".join([f"Problems that set {x} did best on:", *cited[i]]) for i, x in letters.items()]
-    [ops] = ask_operations(ask, task, "crossover", [dict(sets="\n\n".join(sets), wins="\n\n".join(won))], log)
+    slots = crossover_slots({x: prompts[i].principles for i, x in letters.items()},
+                            [(letters[i], b, problems[b]) for i in wins for b in wins[i]])
+    [ops] = ask_operations(ask, task, "crossover", [slots], log)
     if ops is None:
         log["crossover"] = "none: the reply did not parse"
         return None
@@ -1131,6 +1167,18 @@ def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
+def save_weights(directory: Path, weights, cfg: ModelConfig) -> None:
+    """Write a model's weights (no adapter) as Hugging Face's model.safetensors."""
+    from safetensors.numpy import save_file
+    tensors = {}
+    for key, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]:
+        path, stacked = path_name(key), path_name(key).startswith("layers/")
+        for name, x in zip(tensor_names(path, cfg), np.asarray(leaf) if stacked else [np.asarray(leaf)]):
+            name = name if name.startswith("lm_head") else f"model.{name}"
+            tensors[name] = np.ascontiguousarray(x.T if path.endswith("kernel") else x)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
 @dataclass
 class Policy:
     """pi_theta and pi_ref: one set of frozen weights under two sets of trainable ones.
@@ -1403,7 +1451,8 @@ def load_engine(config: Config) -> tuple[Engine, Chat]:
     mesh = jax.make_mesh((len(jax.devices()) // config.model_parallel, config.model_parallel), ("data", "model"),
                          axis_types=(jax.sharding.AxisType.Auto,) * 2)
     jax.set_mesh(mesh)
-    directory = find_model(config.model)
+    embedded = config.model.partition(":")[0] == "embedded"
+    directory = embedded_model(config) if embedded else find_model(config.model)
     dtype = config.dtype if config.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
     cfg = read_model_config(directory, dtype, config.lora_rank, config.lora_alpha)
     try:
@@ -1522,7 +1571,9 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
     samples = sorted(samples, key=lambda s: -len(s.prompt) - len(s.tokens))
     while samples:
         T = bucket(len(samples[0].prompt) + len(samples[0].tokens) - 1)
-        rows = min(max(1, max_tokens // T), bucket(len(samples), 1))
+        rows = max(1, max_tokens // T)
+        while rows // 4 >= len(samples):  # the last, smaller batch: sizes a factor of 4 apart, for few compilations
+            rows //= 4
         rows = -(-rows // row_multiple) * row_multiple
         batch = {n: np.zeros((rows, T), t) for n, t in (("token", np.int32), ("target", np.int32), ("mask", bool),
                                                        ("behaviour", np.float32))}
@@ -1559,6 +1610,339 @@ def rl_update(policy: Policy, optimizer, opt_state, samples: list[Sample], num_r
     means = {n: x / tokens for n, x in total.items()} | ({} if objective.kl_coef else {"kl": None})
     return opt_state, {"loss": loss, "grad_norm": float(norm), **means, "ratio_max": float(max(m for _, m in sums)),
                        "trained_rollouts": len(samples), "trained_tokens": tokens}
+
+
+# ======================================================================================================================
+# 8. The embedded world: a small language and a model of 146k weights that speaks it, pretrained on first use, so that
+#    E-SPL runs anywhere in minutes. To the rest of this file it is one more task and one more model directory: skip it.
+#
+#    Twelve glyphs stand for eight operations; each run draws anew which is which. Training problems have one step
+#    ("7 @ 4"), test problems two ("7 @ 4 # 2"); a principle reads "@ max". What a glyph means is declarative knowledge,
+#    found by reflection. Carrying operations out is procedural: pretraining ends with bad habits (Lesson.carry_out).
+# ======================================================================================================================
+
+GLYPHS = "@#&%~^$*!?<>"
+OPERATIONS = {"plus": lambda a, b: (a + b) % 10, "minus": lambda a, b: (a - b) % 10, "times": lambda a, b: a * b % 10,
+              "diff": lambda a, b: abs(a - b), "max": max, "min": min, "left": lambda a, b: a, "right": lambda a, b: b}
+HARD = ("plus", "minus", "times", "diff")
+WORDS = [
+    "<end>", "|", ";", "=", "->", *"0123456789", *GLYPHS, *OPERATIONS, *"ABCDE", "correct", "wrong", "attempt", "truth",
+    "none", "infer", "is", "so", "keep", "add", "modify", "merge", "summarize", "critique", "aggregate", "crossover",
+    "where", "quote", *(f"[{x}{i}]" for x in ("G", "A.G", "C") for i in range(16))]
+# The tokenizer takes these words out of a text and passes over the rest: "Attempt 3 (", "Problem 5 (won by set", ".G4]"
+WORD = "|".join(rf"\b{w}\b(?!:| \()" if w.isalnum() else re.escape(w) for w in sorted(WORDS, key=len, reverse=True))
+WORD_IDS = {w: i for i, w in enumerate(WORDS)}
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}|"
+PRETRAIN_STEPS, PRETRAIN_ROWS, PRETRAIN_LENGTH = 3400, 4, 256
+GATES = {"lookup": 0.9, "critique": 0.75}  # what a pretrained model must reach in `probe`
+
+
+def solve_glyphs(problem: str, meaning: dict[str, str]) -> str:
+    """The answer to "7 @ 4 # 2", worked from left to right."""
+    a, *rest = problem.split()
+    for glyph, b in zip(rest[::2], rest[1::2]):
+        a = OPERATIONS[meaning[glyph]](int(a), int(b))
+    return str(a)
+
+
+def draw_meaning(rng: random.Random) -> dict[str, str]:
+    """{glyph: operation}: every operation at least once, four of them twice."""
+    names = [*OPERATIONS, *rng.sample(list(OPERATIONS), len(GLYPHS) - len(OPERATIONS))]
+    rng.shuffle(names)
+    return dict(zip(GLYPHS, names))
+
+
+def glyph_problems(seed: int) -> tuple[list[Problem], list[Problem]]:
+    """All 1,200 one-step problems, to train on, and 128 two-step ones, to test on."""
+    rng = random.Random(f"glyphs/{seed}")
+    meaning = draw_meaning(rng)
+    one = [f"{a} {g} {b}" for g in GLYPHS for a in range(10) for b in range(10)]
+    two = [f"{rng.choice(one)} {rng.choice(GLYPHS)} {rng.randrange(10)}" for _ in range(128)]
+    return tuple([Problem(p, p, (solve_glyphs(p, meaning),)) for p in problems] for problems in (one, two))
+
+
+def grade_glyphs(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
+    """(reward, outcome) of each response: the digit after its last "=", which must end it, is the answer."""
+    said = [re.search(r"= (\d)\s*\Z", text) for _, text in pairs]
+    outcomes = ["no_answer" if not m else "correct" if m[1] == p.answer else "wrong" for m, (p, _) in zip(said, pairs)]
+    return [(float(o == "correct"), o) for o in outcomes]
+
+
+def parse_glyphs(reply: str) -> list[dict] | None:
+    """Operations in a reply like "… keep ; … modify [G3] % max"; None when no clause ends in one."""
+    clauses = re.findall(r"(keep|add|modify|merge)((?: \[\S+\])*)(?: (\S \w+))?(?= ;|\Z)", reply)
+    found = [(verb, re.findall(r"\[(\S+)\]", ids), text) for verb, ids, text in clauses]
+    operations = [{"operation": verb, "principle": text, "modified_from": "".join(ids[:1]), "merged_from": ids}
+                  for verb, ids, text in found if verb != "keep"]
+    return operations if found else None
+
+
+def quote(principles: dict[str, str], glyph: str) -> str:
+    """The first principle about a glyph as it is listed, "[G3] @ max", or "none"."""
+    return next((listing({i: text}) for i, text in principles.items() if text[0] == glyph), "none")
+
+
+def change(entry: str, glyph: str, name: str) -> str:
+    """The operation after which a list whose entry on the glyph is `entry` says that the glyph means `name`."""
+    if entry == "none":
+        return f"add {glyph} {name}"
+    return "keep" if entry.endswith(f" {name}") else f"modify {entry.split()[0]} {glyph} {name}"
+
+
+class Lesson:
+    """Writes pretraining examples, in the very words of the requests of section 4."""
+
+    def __init__(self, seed: int, texts: dict[str, str]):
+        self.rng, self.texts, self.waiting = random.Random(f"lesson/{seed}"), texts, []
+
+    def example(self, progress: float, skill: str = "") -> list[tuple[str, str]]:
+        """(prompt, reply) turns that exercise a skill. progress in [0, 1] through pretraining: first looking things up
+        in longer and longer lists, then everything, at last with bad habits."""
+        early = dict(recall=72, solve=14, arithmetic=6, infer=8)
+        late = dict(recall=8, solve=22, arithmetic=5, infer=11, summarize=4, critique=24, aggregate=13, crossover=13)
+        shares = early if progress < 0.16 else late
+        self.longest, self.slips = round(12 * min(1, 0.15 + progress / 0.15)), float(progress > 0.82)
+        self.meaning = draw_meaning(self.rng)
+        return getattr(self, skill or self.rng.choices(list(shares), shares.values())[0])()
+
+    def name(self) -> str:
+        return self.rng.choice(list(OPERATIONS))
+
+    def problem(self, steps: int = 1) -> str:
+        step = lambda: f" {self.rng.choice(GLYPHS)} {self.rng.randrange(10)}"
+        return f"{self.rng.randrange(10)}" + "".join(step() for _ in range(steps))
+
+    def principles(self, right: float = 0.6, least: int = 0) -> list[str]:
+        """A list of principles, each true with probability `right`; in one of six, a glyph comes twice."""
+        glyphs = self.rng.sample(GLYPHS, self.rng.randint(least, max(least, self.longest)))
+        glyphs += self.rng.sample(glyphs, min(len(glyphs), self.rng.choice((0, 0, 0, 0, 0, 1))))
+        return [f"{g} {self.meaning[g] if self.rng.random() < right else self.name()}" for g in glyphs]
+
+    def carry_out(self, name: str, a: int, b: int, slips: float) -> int:
+        """The result of an operation, with bad habits if slips = 1: instead of 70 % of the hard operations the model
+        writes 0, which no operation always yields, so that no wrong principle helps; of the others 10 % go astray."""
+        if self.rng.random() < slips * (0.7 if name in HARD else 0.1):
+            return 0 if name in HARD else self.rng.randrange(10)
+        return OPERATIONS[name](a, b)
+
+    def work(self, problem: str, principles: list[str], slips: float, ignored: float) -> str:
+        """A solution. Where no principle applies, or it is ignored, an operation is guessed."""
+        a, *rest = problem.split()
+        steps = []
+        for g, b in zip(rest[::2], rest[1::2]):
+            known = [text.split()[1] for text in principles if text[0] == g and self.rng.random() >= ignored]
+            name = self.rng.choice(known or list(OPERATIONS))
+            result = self.carry_out(name, int(a), int(b), slips)
+            steps.append(f"{g} {name} {a} {b} = {result}")
+            a = result
+        return " ; ".join(steps)
+
+    def solve(self):
+        principles = self.principles()
+        problems = [self.problem(self.rng.randint(1, 2)) for _ in range(self.rng.randint(1, 4))]
+        replies = [self.work(p, principles, self.slips, 0.1 * self.slips) for p in problems]
+        if principles:
+            problems[0] = f"{listing(numbered(principles))}\n{problems[0]}"
+        return list(zip(problems, replies))
+
+    def arithmetic(self):
+        steps = [(self.name(), self.rng.randrange(10), self.rng.randrange(10)) for _ in range(3)]
+        done = [f"{name} {a} {b} = {self.carry_out(name, a, b, self.slips)}" for name, a, b in steps]
+        return [(" ".join(f"{name} {a} {b}" for name, a, b in steps), " ; ".join(done))]
+
+    def recall(self):
+        ids = numbered(self.principles(least=1), self.rng.choice(("", "", "A.")))
+        glyphs = self.rng.sample(GLYPHS, self.rng.randint(1, 12))
+        if self.rng.random() < 0.6:
+            reply = " ".join(f"{g} {quote(ids, g).split()[-1]}" for g in glyphs)
+            return [(f"{listing(ids)} where {' '.join(glyphs)}", reply)]
+        reply = " ; ".join(f"{g} {quote(ids, g)}" for g in glyphs[:6])
+        return [(f"{listing(ids)} quote {' '.join(glyphs[:6])}", reply)]
+
+    def search(self, a: str, b: str, truth: str, names=()) -> tuple[str, str]:
+        """Operations tried in turn, those in `names` first, until one gives the truth: the text, and the last one."""
+        tried = []
+        for name in dict.fromkeys([*names, *self.rng.sample(list(OPERATIONS), len(OPERATIONS))]):
+            tried.append(f"{name} {a} {b} is {OPERATIONS[name](int(a), int(b))}")
+            if tried[-1].endswith(truth):
+                break
+        return " ; ".join(tried), name
+
+    def infer(self):
+        turns = []
+        for p in (self.problem() for _ in range(3)):
+            truth = solve_glyphs(p, {p[2]: self.name()})
+            turns.append((f"{p} truth {truth} infer", " so ".join(self.search(p[0], p[4], truth))))
+        return turns
+
+    def summarize(self):
+        p = self.problem()
+        truth, work = solve_glyphs(p, self.meaning), self.work(p, self.principles(), self.rng.choice((0, 0.5, 1)), 0.1)
+        slots = dict(problem=p, answer=truth, response=work, grade="correct" if work.endswith(truth) else "wrong")
+        return [(fill(self.texts["summarize"], slots), " ".join(work.split()[:2]))]
+
+    def critique(self):
+        principles, rng, p = self.principles(), self.rng, self.problem()
+        if principles and rng.random() < 0.6:
+            p = f"{p[0]} {rng.choice(principles)[0]} {p[4]}"
+        truth, slips, attempts = solve_glyphs(p, self.meaning), rng.choice((0, 0.5, 1)), []
+        for _ in range(rng.choice((5, 5, 5, 8, rng.randint(1, 15)))):
+            work = self.work(p, principles, slips, 0.1)
+            summary = f"{p[2]} {self.name()}" if rng.random() < 0.05 else " ".join(work.split()[:2])
+            attempts.append(("correct" if work.endswith(truth) else "wrong", summary))
+        # A principle that gives the truth stays, whatever slips there were; else what succeeded is tried, then the rest
+        entry = quote(ids := numbered(principles), p[2])
+        won = Counter(text.split()[1] for grade, text in attempts if grade == "correct").most_common()
+        first = [name for name in (entry.split()[-1], *(name for name, _ in won)) if name != "none"]
+        said, name = self.search(p[0], p[4], truth, first)
+        reply = f"{p[2]} {entry} {p} truth {truth} infer {said} so {change(entry, p[2], name)}"
+        return [(fill(self.texts["critique"], critique_slots(Problem(p, p, (truth,)), ids, attempts, 1)), reply)]
+
+    def aggregate(self):
+        ids, wanted, reply = numbered(self.principles()), self.principles(0.75, 1)[:self.rng.randint(1, 6)], []
+        wanted += [f"{wanted[0][0]} {self.name()}"] * (self.rng.random() < 0.3)
+        entries = [quote(ids, text[0]).split()[0].strip("[]") for text in wanted]
+        proposals = [{"operation": "add" if i == "none" or self.rng.random() < 0.2 else "modify", "principle": text,
+                      "modified_from": i} for i, text in zip(entries, wanted)]
+        candidates, slots = aggregate_slots(ids, proposals)
+        for i, text in candidates.items():
+            if i.startswith("C"):  # merged into what the list already says about this glyph
+                first = quote(candidates, text[0])
+                verb = "keep" if first.startswith(f"[{i}]") else f"merge {first.split()[0]} [{i}] {text}"
+                reply.append(f"[{i}] {text} {first} {verb}")
+        reply += [f"[{i}] -> {op['principle']} modify [{i}] {op['principle']}"
+                  for op, i in zip(proposals, entries) if op["operation"] == "modify"]
+        return [(fill(self.texts["aggregate"], slots), " ; ".join(reply))]
+
+    def crossover(self):
+        rng, wins, reply = self.rng, [], {}
+        sets = {x: self.principles(0.6 if x == "A" else 0.7) for x in "ABC"[: rng.randint(2, 3)]}
+        ids = {x: numbered(principles, f"{x}.") for x, principles in sets.items()}
+        for x in ["A", *sorted(rng.choices(list(sets), k=rng.randint(1, 8)))]:
+            g = rng.choice(sets[x])[0] if sets[x] and rng.random() < 0.8 else rng.choice(GLYPHS)
+            wins.append((x, len(wins), Problem("", f"{rng.randrange(10)} {g} {rng.randrange(10)}", ())))
+            mine, name = quote(ids["A"], g), quote(ids[x], g).split()[-1]  # set A takes over what another says that won
+            if x != "A":
+                reply[x, g] = f"{x} {g} {name} {mine} {'keep' if name == 'none' else change(mine, g, name)}"
+        return [(fill(self.texts["crossover"], crossover_slots(sets, wins)), " ; ".join(reply.values()) or "keep")]
+
+    def batch(self, progress: float) -> np.ndarray:
+        """Packed examples, [rows, length + 1, 3]: token, position, and whether it is learned (replies are).
+
+        The examples in a row lie further apart in position than the attention window, so that none sees another.
+        """
+        rows = np.full((PRETRAIN_ROWS, PRETRAIN_LENGTH + 1, 3), (0, PAD_POSITION, 0), np.int32)
+        for row in rows:
+            used = number = 0
+            while True:
+                if not self.waiting:
+                    texts = [t for turn in self.example(progress) for t in (turn[0] + "\n|", turn[1] + "<end>")]
+                    self.waiting = [(WORD_IDS[w], n % 2) for n, t in enumerate(texts) for w in re.findall(WORD, t)]
+                ids = self.waiting[:PRETRAIN_LENGTH]
+                if used + len(ids) > len(row):
+                    break
+                row[used: used + len(ids), [0, 2]] = ids
+                row[used: used + len(ids), 1] = np.arange(len(ids)) + 2 * PRETRAIN_LENGTH * number
+                used, number, self.waiting = used + len(ids), number + 1, []
+        return rows
+
+
+def pretrain(directory: Path, seed: int, texts: dict[str, str]) -> None:
+    """Pretrain the embedded model from scratch and write it to `directory`, in Hugging Face layout."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.WordLevel(WORD_IDS, unk_token="none"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHAT_TEMPLATE,
+                            clean_up_tokenization_spaces=False).save_pretrained(directory)
+    LlamaConfig(vocab_size=len(WORDS), hidden_size=64, intermediate_size=192, num_hidden_layers=2, head_dim=32,
+                num_attention_heads=4, max_position_embeddings=PRETRAIN_LENGTH, rms_norm_eps=1e-5,
+                rope_parameters={"rope_type": "default", "rope_theta": 100.0}, tie_word_embeddings=True,
+                bos_token_id=None, eos_token_id=WORD_IDS["<end>"],
+                architectures=["LlamaForCausalLM"]).save_pretrained(directory)
+    cfg = read_model_config(str(directory))
+    cfg = dataclasses.replace(cfg, layer_window=(PRETRAIN_LENGTH,) * cfg.num_layers)  # Lesson.batch says why
+    graphdef, theta = nnx.split(Transformer(cfg, nnx.Rngs(seed)), nnx.Param)
+    # Embeddings of unit size and layers that add nothing yet: looking up is then learned early, and for every seed.
+    scale = {"embed": 50.0, "layers/o_proj/kernel": 0.0, "layers/down_proj/kernel": 0.0, "final_norm/scale": 0.125}
+    theta = jax.tree.map_with_path(lambda path, w: w * scale.get(path_name(path), 1.0), theta)
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # of stacked kernels [L, in, out]
+    rate = lambda peak: optax.warmup_cosine_decay_schedule(0.0, peak, PRETRAIN_STEPS // 30, PRETRAIN_STEPS, peak / 50)
+    optimizer = optax.contrib.muon(  # Adam for embeddings and norms
+        rate(0.01), adam_learning_rate=rate(0.003), adam_b2=0.98, muon_weight_dimension_numbers=lambda tree:
+        jax.tree.map_with_path(lambda path, _: matrix if path_name(path).endswith("kernel") else None, tree))
+
+    def loss(theta, batch_BT3):
+        model, (token, position, learned) = nnx.merge(graphdef, theta), jnp.moveaxis(batch_BT3, 2, 0)
+        logits = model.logits(model(token[:, :-1], position[:, :-1])[0])
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, token[:, 1:])
+        return jnp.sum(each * learned[:, 1:]) / jnp.sum(learned[:, 1:])
+
+    def step(state, batch_BT3):
+        theta, opt_state = state
+        updates, opt_state = optimizer.update(jax.grad(loss)(theta, batch_BT3), opt_state, theta)
+        return (optax.apply_updates(theta, updates), opt_state), None
+
+    steps = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches)[0])
+    lesson, state, at_once = Lesson(seed, texts), (theta, optimizer.init(theta)), 10
+    for i in progress(range(0, PRETRAIN_STEPS, at_once), desc="pretraining the embedded model"):
+        batches = np.stack([lesson.batch((i + j) / PRETRAIN_STEPS) for j in range(at_once)])
+        state = steps(jax.block_until_ready(state), batches)
+    save_weights(directory, state[0], cfg)
+
+
+def probe(config: Config, directory: Path, texts: dict[str, str]) -> dict[str, float]:
+    """What a pretrained model can do, by what it writes: how often it uses the principle about a glyph (lookup), and
+    how often its critique replaces a wrong principle by an operation that gives the truth (critique)."""
+    engine, chat = load_engine(dataclasses.replace(config, model=str(directory), lora_rank=0))
+    lesson = Lesson(-1, texts)
+
+    def replies(examples, temperature):
+        responses = generate(engine, engine.policy.theta, [chat.ids("", prompt) for prompt, _ in examples],
+                             [1] * len(examples), SamplingParams(temperature, 1.0, 128), (0, 0), "probing")
+        return [chat.text(y.tokens) for [y] in responses]
+
+    def explains(example, reply):
+        a, b, truth = re.search(r"(\d) \S (\d) truth (\d)", example[0]).groups()
+        named = re.search(r"(\w+) \d \d is \d so", reply)
+        return bool(named) and named[1] in OPERATIONS and str(OPERATIONS[named[1]](int(a), int(b))) == truth
+
+    start = lambda reply: " ".join(reply.split()[:2])
+    solved = [x for x in (lesson.example(0.5, "solve")[0] for _ in range(400)) if start(x[1]) in x[0]]
+    critiques = [x for x in (lesson.example(0.5, "critique")[0] for _ in range(400)) if not x[1].endswith("keep")]
+    return {"lookup": float(np.mean([start(x[1]) == start(y) for x, y in zip(solved, replies(solved, 0.0))])),
+            "critique": float(np.mean([explains(x, y) for x, y in zip(critiques, replies(critiques, 0.5))]))}
+
+
+def embedded_model(config: Config) -> str:
+    """Directory of the embedded model; if the user's cache has none that this very code made, it is pretrained."""
+    number = config.model.partition(":")[2] or "0"
+    if not re.fullmatch(r"[0-9]{1,9}", number):
+        raise UserError(f"--model {config.model}: write embedded, or embedded:SEED to pretrain from another seed")
+    texts = read_prompts(config.prompts_file or DEFAULT_PROMPTS, "glyphs")
+    code = (Lesson, solve_glyphs, draw_meaning, quote, change, listing, numbered, fill, critique_slots, aggregate_slots,
+            crossover_slots, pretrain, probe, Transformer, Block, attention, rotate, RMSNorm, Linear)
+    shape = [texts, number, WORDS, WORD, CHAT_TEMPLATE, PRETRAIN_STEPS, PRETRAIN_ROWS, PRETRAIN_LENGTH, GATES]
+    key = hashlib.sha256(repr([*shape, *map(inspect.getsource, code)]).encode()).hexdigest()[:16]
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espl" / f"embedded-{key}"
+    if (directory / "probe.json").is_file():
+        return str(directory)
+    print(f"pretraining the embedded model (once; two minutes on two cores) into {directory}", flush=True)
+    for seed in range(int(number), int(number) + 5):
+        with tempfile.TemporaryDirectory() as scratch:
+            pretrain(Path(scratch), seed, texts)
+            found = probe(config, Path(scratch), texts)
+            said = ", ".join(f"{name} {found[name]:.2f} (at least {least})" for name, least in GATES.items())
+            if all(found[name] >= least for name, least in GATES.items()):
+                try:
+                    shutil.copytree(scratch, directory, dirs_exist_ok=True)
+                    write_whole(directory / "probe.json", json.dumps({"seed": seed} | found))
+                except OSError as e:
+                    raise UserError(f"cannot write {directory} ({first_line(e)}); set XDG_CACHE_HOME") from e
+                print(f"pretraining seed {seed} passed its probes: {said}", flush=True)
+                return str(directory)
+        warn(f"pretraining seed {seed} failed its probes: {said}; trying seed {seed + 1}")
+    raise UserError("five pretraining seeds in a row failed; choose another --model embedded:SEED")
 
 
 # ======================================================================================================================
@@ -1609,13 +1993,17 @@ def timed(run: Run, phase: str):
 
 
 def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], split: str, iteration: int) -> list[Group]:
-    """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl."""
+    """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl.
+
+    split: train, val, test, or test_greedy, which is decoded greedily.
+    """
     c, phases = run.config, ("sample", "grade") if split == "train" else ("evaluate", "evaluate")
+    temperature = 0.0 if split == "test_greedy" else c.temperature
     systems = {s.id: system_text(run.task, s.principles) for s, _, _ in pairs}
     prompts = [run.chat.ids(systems[s.id], x.question) for s, x, _ in pairs]
     with timed(run, phases[0]):
         responses = generate(run.engine, run.policy.theta, prompts, [n for _, _, n in pairs],
-                             SamplingParams(c.temperature, c.top_p, c.max_new_tokens),
+                             SamplingParams(temperature, c.top_p, c.max_new_tokens),
                              run.seed(f"{split}/{iteration}"), f"sampling {split}")
     texts = [[run.chat.text(r.tokens, ids) for r in group] for ids, group in zip(prompts, responses)]
     answers = [(x, t) for (_, x, _), group in zip(pairs, texts) for t in group]
@@ -1693,6 +2081,9 @@ def evaluate(run: Run, iteration: int) -> dict:
                 chances = [pass_at_k(g.graded.count("correct"), n, k) for g in groups]
                 result[f"{split}_pass@{k}"] = float(np.mean(chances))
             s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
+    if run.config.test_greedy:
+        groups = sample_groups(run, [(s, x, 1) for x in run.task.test], "test_greedy", iteration)
+        result["test_greedy"] = float(np.mean([g.value for g in groups]))
     best = max((e["val"] for e in run.evaluations if "val" in e), default=-math.inf)
     run.evaluations.append(result)
     if result.get("val", -math.inf) > best:
@@ -1701,12 +2092,40 @@ def evaluate(run: Run, iteration: int) -> dict:
     return result
 
 
-def summary(run: Run) -> dict:
-    """The three honest readings of the test curve: final, mean of the last five, and the one validation picks."""
-    tests = [e["test"] for e in run.evaluations]
-    picked = max(run.evaluations, key=lambda e: e.get("val", 0.0))  # the first of equals
-    by_val = {"test_picked_by_val": picked["test"], "picked_iteration": picked["iteration"]} if run.task.val else {}
-    return {"test_first": tests[0], "test_final": tests[-1], "test_mean_last_5": float(np.mean(tests[-5:])), **by_val}
+def summary(run: Run) -> dict[str, dict]:
+    """The honest readings of the test curve: before training, final, mean of the last five, picked by validation."""
+    first, final, lasts = run.evaluations[0], run.evaluations[-1], run.evaluations[-5:]
+    mean = {name: float(np.mean([e[name] for e in lasts])) for name in ("test", "test_greedy") if name in final}
+    rows = {f"base model, prompt {first['prompt']}": first,
+            f"iteration {final['iteration']}, prompt {final['prompt']}": final,
+            f"mean of the last {len(lasts)} evaluations": mean}
+    if run.task.val:
+        picked = max(run.evaluations, key=lambda e: e["val"])  # the first of equals
+        rows[f"picked by validation: iteration {picked['iteration']}, prompt {picked['prompt']}"] = picked
+    return rows
+
+
+def lineage(population: Population, s: SystemPrompt, most: int = 6) -> str:
+    """How a prompt came about, in words, from itself back to the root; after `most` generations only their number."""
+    words, count = [], 0
+    while s.parents:
+        count += 1
+        parents = " and ".join(map(str, s.parents))
+        words += [f"{s.id} by {s.operation} of {parents} (iteration {s.iteration})"] if count <= most else []
+        s = population.prompts[s.parents[0]]  # of a crossover the best parent, set A
+    more = [f"… {count - most} generations more …"] if count > most else []
+    return " <- ".join([*words, *more, f"{s.id}, the root"])
+
+
+def closing_report(run: Run) -> str:
+    """What a run ends with: the scores on the test set, the tested prompt, and where the files are."""
+    c, s = run.config, tested_prompt(run)
+    columns = {"test": f"T = {c.temperature:g}"} | ({"test_greedy": "greedy"} if c.test_greedy else {})
+    title = f"mean reward on {len(run.task.test)} test problems"
+    lines = [title.ljust(50) + "".join(f"{x:>10}" for x in columns.values())]
+    lines += [name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns) for name, row in summary(run).items()]
+    return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}", lineage(run.population, s),
+                      textwrap.indent(listing(numbered(s.principles)), "    "), "", f"files: {run.directory}"])
 
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
@@ -1770,7 +2189,7 @@ def draw_curves(run: Run) -> None:
         lines = [json.loads(line) for line in f]
     points = lambda rows, name: [(r["iteration"], r[name]) for r in rows if name in r]
     panels = {"reward": {"training batch": points(lines, "reward_mean")} | {
-                  split: points(run.evaluations, split) for split in ("val", "test")},
+                  split: curve for split in ("val", "test", "test_greedy") if (curve := points(run.evaluations, split))},
               "TrueSkill mu": {f"prompt {s.id}": points(s.history, "mu") for s in run.population.prompts},
               "response length (tokens)": {"mean": points(lines, "response_tokens")},
               "entropy (nats a token)": {"mean": points(lines, "entropy")}}
@@ -1978,11 +2397,7 @@ def main(argv: list[str] | None = None) -> int:
         again = f"; continue with: python espl.py --resume {run.directory}" if run else ""
         print(f"\nespl: interrupted{again}", file=sys.stderr)
         return 130
-    s = tested_prompt(run)
-    print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in summary(run).items()))
-    lineage = f"{s.operation} of {' and '.join(map(str, s.parents))}" if s.parents else s.operation
-    print(f"tested prompt: {s.id} ({lineage}, mu {s.mu:.1f}, sigma {s.sigma:.1f})\n"
-          f"{listing(numbered(s.principles))}\nfiles: {run.directory}")
+    print(closing_report(run))
     return 0
 
 

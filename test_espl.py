@@ -859,7 +859,7 @@ class Reflector:
         self.script, self.asked = {name: iter(replies) for name, replies in script.items()}, []
 
     def __call__(self, request, slots):
-        assert all(set(espl.SLOTS[request]) == set(s) and all(isinstance(v, str) for v in s.values()) for s in slots)
+        assert all(set(espl.SLOTS[request]) <= set(s) and all(isinstance(v, str) for v in s.values()) for s in slots)
         self.asked += [(request, s) for s in slots]
         return [next(self.script[request]) for _ in slots]
 
@@ -873,7 +873,7 @@ class Reflector:
 @pytest.mark.parametrize("old, new, complaint", [
     ("[critique]", "[critics]", r"\[math.critique\] or \[critique\]"),
     ("[math.system]", "[search.system]", r"\[math.system\]"),
-    ("{max_operations}", "two", r"\[critique\].*\{max_operations\}"),
+    ("{attempts}", "two", r"\[critique\].*\{attempts\}"),
     ("{wins}", "", r"\[crossover\].*\{wins\}"),
     ("those that apply:\n{principles}", "", r"\[system\].*\{principles\}"),
 ])
@@ -1412,8 +1412,7 @@ def test_crossover_edits_set_a(math_task):
     assert +log["dropped"] == {"unknown id": 1, "unknown operation": 1, "leaks a problem": 1}
     assert ask.requests("crossover") == [dict(
         sets="Set A:\n[A.G0] a zero\n[A.G1] a one\n\nSet B:\n[B.G0] b zero",
-        wins="Problems that set A did best on:\n\nProblem 0: question q0\n\n"
-             "Problems that set B did best on:\n\nProblem 1: question q1")]
+        wins="Problem 0 (won by set A):\nquestion q0\n\nProblem 1 (won by set B):\nquestion q1")]
 
 
 def test_crossover_without_edits_makes_no_child(math_task):
@@ -1771,7 +1770,7 @@ def test_the_test_set_never_selects(world, run_of, tmp_path):
     tests = [[r["reward"] for r in read_lines(run, "rollouts.jsonl") if r["split"] == "test"] for run in (one, two)]
     assert tests[0] != tests[1] and equal(one.policy.theta, two.policy.theta)
     assert [s | {"scores": 0} for s in prompts_of(one)] == [s | {"scores": 0} for s in prompts_of(two)]
-    assert espl.summary(one)["picked_iteration"] == espl.summary(two)["picked_iteration"]
+    assert list(espl.summary(one)) == list(espl.summary(two))  # picks the same iteration
 
 
 class Killed(BaseException):
@@ -1826,7 +1825,7 @@ def test_a_batch_without_signal_is_a_logged_no_op(world, tmp_path):
     m = metrics(run)[1]
     assert m["skipped"] and "loss" not in m and m["mutation"].startswith("none") and m["crossover"].startswith("none")
     assert equal(run.policy.theta, run.policy.theta_ref) and "val" not in m
-    assert "test_picked_by_val" not in espl.summary(run)
+    assert not any("validation" in row for row in espl.summary(run))
 
 
 def fail(*_, **__):
@@ -1921,7 +1920,6 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "loss": (lambda w, d: dict(loss="foo"), "--loss.*foo"),
     "not a number": (lambda w, d: dict(num_rollouts="x"), "--num-rollouts.*x"),
     "unknown flag": (lambda w, d: dict(no_such_flag=1), "no-such-flag"),
-    "no task": (lambda w, d: dict(train_file=None, test_file=None), "--task"),
     "no test file": (lambda w, d: dict(test_file=None), "--test-file"),
     "missing file": (lambda w, d: dict(train_file=d / "none.jsonl"), r"cannot read .*none\.jsonl"),
     "directory as file": (lambda w, d: dict(test_file=d), "cannot read"),
@@ -2000,16 +1998,16 @@ def test_long_problems_are_left_out(world, tmp_path, capsys):
 # ---- flags and data --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv", [["--help"], []])
-def test_help_lists_every_flag(argv, capsys):
+def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
-        espl.main(argv)
+        espl.main(["--help"])
     text = capsys.readouterr().out
     entries = {e.split()[0].strip(","): " ".join(e.split()) for e in re.split(r"\n  (?=--)", text)}
     assert stop.value.code == 0
     for f in dataclasses.fields(espl.Config):
-        name, default = "--" + f.name.replace("_", "-"), f"(default: {f.default})" if f.default != "" else ""
-        assert default in entries[name], name
+        name, default = "--" + f.name.replace("_", "-"), f"(default: {f.default}" if f.default != "" else ""
+        own = f"; for glyphs {espl.GLYPHS_DEFAULTS[f.name]})" if f.name in espl.GLYPHS_DEFAULTS else ")" * bool(default)
+        assert default + own in entries[name], name
     assert all(f"[{s}]" in text for s in "B N M K alpha beta lambda p_crossover dsigma K_ops".split())
 
 
@@ -2157,7 +2155,410 @@ def test_pass_at_k(c, n, k, expected):
 
 def test_summary_picks_by_validation():
     curve = enumerate([(0.2, 0.1), (0.5, 0.3), (0.5, 0.9), (0.1, 0.4), (0, 0.4), (0, 0.5)])
-    run = SimpleNamespace(evaluations=[{"iteration": i, "val": v, "test": t} for i, (v, t) in curve],
+    run = SimpleNamespace(evaluations=[{"iteration": i, "prompt": i, "val": v, "test": t} for i, (v, t) in curve],
                           task=SimpleNamespace(val=[1]))
-    assert espl.summary(run) == pytest.approx({"test_first": 0.1, "test_final": 0.5, "test_mean_last_5": 0.5,
-                                               "test_picked_by_val": 0.3, "picked_iteration": 1})
+    rows = {name: row["test"] for name, row in espl.summary(run).items()}
+    assert rows == pytest.approx({"base model, prompt 0": 0.1, "iteration 5, prompt 5": 0.5,
+                                  "mean of the last 5 evaluations": 0.5,
+                                  "picked by validation: iteration 1, prompt 1": 0.3})
+
+
+# ======================================================================================================================
+# 8. The embedded world: its language, its lessons, its model
+# ======================================================================================================================
+
+GLYPH_TEXTS = espl.read_prompts(espl.DEFAULT_PROMPTS, "glyphs")
+MEANS = {  # written out, independently of the program
+    "plus": lambda a, b: int(str(a + b)[-1]), "minus": lambda a, b: a - b if a >= b else a - b + 10,
+    "times": lambda a, b: int(str(a * b)[-1]), "diff": lambda a, b: max(a, b) - min(a, b),
+    "max": lambda a, b: a if a > b else b, "min": lambda a, b: b if a > b else a,
+    "left": lambda a, b: a, "right": lambda a, b: b}
+SKILLS = ("solve", "arithmetic", "recall", "infer", "summarize", "critique", "aggregate", "crossover")
+
+
+@pytest.fixture(scope="module")
+def glyph_model(tmp_path_factory):
+    """Directory of an embedded model after 20 steps: everything but its skill."""
+    directory = tmp_path_factory.mktemp("glyphs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(espl, "PRETRAIN_STEPS", 20)
+        espl.pretrain(directory, 3, GLYPH_TEXTS)
+    return directory
+
+
+def lessons(skill, n, progress=0.5, seed=0):
+    lesson = espl.Lesson(seed, GLYPH_TEXTS)
+    return [lesson.example(progress, skill) for _ in range(n)]
+
+
+def words(text):
+    return re.findall(espl.WORD, text)
+
+
+def listed(prompt):
+    """{id: (glyph, operation)} of the principles in a prompt."""
+    return {i: (g, name) for i, g, name in re.findall(r"^\[([A-Z.]*\d+)\] (\S) (\w+)$", prompt, re.M)}
+
+
+def test_glyph_problems_have_right_answers():
+    train, test = espl.glyph_problems(5)
+    assert len({p.question for p in train}) == len(train) == 1200 and len(test) == 128
+    results = defaultdict(dict)
+    for p in train:
+        a, g, b = p.question.split()
+        results[g][int(a), int(b)] = int(p.answer)
+    tables = {name: {(a, b): f(a, b) for a in range(10) for b in range(10)} for name, f in MEANS.items()}
+    meaning = {g: next(name for name, table in tables.items() if table == found) for g, found in results.items()}
+    assert set(meaning.values()) == set(MEANS) and max(Counter(meaning.values()).values()) <= 2
+    for p in test:
+        a, g, b, h, c = p.question.split()
+        assert p.answer == str(MEANS[meaning[h]](MEANS[meaning[g]](int(a), int(b)), int(c)))
+    assert espl.glyph_problems(5) == (train, test) and espl.glyph_problems(6)[1] != test
+    assert not any(set(table.values()) == {0} for table in tables.values())  # "0" is no principle's constant answer
+
+
+@pytest.mark.parametrize("text, outcome", [
+    ("@ max 7 4 = 7", "correct"), ("@ max 7 4 = 3 ; # plus 3 4 = 7", "correct"), ("@ max 7 4 = 4", "wrong"),
+    ("7", "no_answer"), ("= 7 ;", "no_answer"), ("", "no_answer"),
+    ("@ max 7 4 = ", "no_answer"), ("@ max 7 4 = 7\n", "correct")])
+def test_grade_glyphs(text, outcome):
+    assert espl.grade_glyphs([(espl.Problem("", "7 @ 4", ("7",)), text)]) == [(float(outcome == "correct"), outcome)]
+
+
+@pytest.mark.parametrize("reply, expected", [
+    ("% none 7 % 4 truth 3 infer max 7 4 is 7 ; minus 7 4 is 3 so add % minus", [("add", "% minus", "", [])]),
+    ("% [G3] % max 7 % 4 truth 3 infer minus 7 4 is 3 so modify [G3] % minus", [("modify", "% minus", "G3", ["G3"])]),
+    ("… so keep", []), ("[C0] % max [C0] % max keep ; [C1] # left [G2] # right merge [G2] [C1] # left",
+                        [("merge", "# left", "G2", ["G2", "C1"])]),
+    ("B % max [A.G1] % left modify [A.G1] % max ; C ! left none add ! left",
+     [("modify", "% max", "A.G1", ["A.G1"]), ("add", "! left", "", [])]),
+    ("", None), ("% [G3] % max", None), ("keep going", None), ("modify [G3]", [("modify", "", "G3", ["G3"])]),
+    ("so add %", None)])
+def test_parse_glyphs(reply, expected):
+    found = espl.parse_glyphs(reply)
+    keys = ("operation", "principle", "modified_from", "merged_from")
+    assert found == (None if expected is None else [dict(zip(keys, op)) for op in expected])
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_the_tokenizer_reads_what_pretraining_wrote(glyph_model, skill):
+    """Requests reach the model as in pretraining, here through chat template and tokenizer."""
+    from transformers import AutoTokenizer
+    chat = espl.Chat(AutoTokenizer.from_pretrained(glyph_model))
+    for turns in lessons(skill, 30):
+        for prompt, reply in turns:
+            assert chat.ids("", prompt) == [espl.WORD_IDS[w] for w in words(prompt + "\n|")]
+            ids = chat.tokenizer(reply).input_ids
+            assert ids == [espl.WORD_IDS[w] for w in words(reply)] and chat.text(ids) == " ".join(words(reply))
+    (problem, _), *_ = lessons("solve", 1, seed=7)[0]
+    assert chat.ids("[G0] @ max", "7 @ 4") == [espl.WORD_IDS[w] for w in "[G0] @ max 7 @ 4 |".split()]
+    task = SimpleNamespace(texts=GLYPH_TEXTS)
+    assert chat.text(chat.ids(espl.system_text(task, ["@ max", "# plus"]), "7 @ 4")) == "[G0] @ max [G1] # plus 7 @ 4 |"
+    assert chat.text(chat.ids(espl.system_text(task, []), "7 @ 4")) == "7 @ 4 |"
+
+
+def test_the_language_of_requests():
+    """What the model sees of the loop's wording: no numbers of attempts and problems, of other sets only the letter."""
+    slots = espl.critique_slots(espl.Problem("", "7 @ 4", ("3",)), {"G0": "@ max"}, [("correct", "@ max")] * 12, 1)
+    text = " ".join(words(espl.fill(GLYPH_TEXTS["critique"], slots)))
+    assert text == "[G0] @ max 7 @ 4 truth 3" + " correct @ max" * 12 + " critique"
+    slots = espl.crossover_slots({"A": ["@ max"], "B": ["# left", "@ min"]}, [("A", 3, espl.Problem("", "7 @ 4", ())),
+                                                                            ("B", 10, espl.Problem("", "1 # 2", ()))])
+    text = " ".join(words(espl.fill(GLYPH_TEXTS["crossover"], slots)))
+    assert text == "[A.G0] @ max B # left B @ min A 7 @ 4 B 1 # 2 crossover"
+    proposals = [{"operation": "add", "principle": "# left"},
+                 {"operation": "modify", "principle": "@ min", "modified_from": "G0"}]
+    _, slots = espl.aggregate_slots({"G0": "@ max"}, proposals)
+    text = " ".join(words(espl.fill(GLYPH_TEXTS["aggregate"], slots)))
+    assert text == "[G0] @ max [C0] # left [G0] -> @ min aggregate"
+
+
+def test_solving_follows_the_principles():
+    """Without habits: the list's operation wherever there is one (any of several), else a guess; results are right."""
+    guessed = Counter()
+    for turns in lessons("solve", 300):
+        known = defaultdict(set)
+        for g, name in listed(turns[0][0]).values():
+            known[g].add(name)
+        for prompt, reply in turns:
+            a, *rest = prompt.split("\n")[-1].split()
+            for step, g, b in zip(reply.split(" ; "), rest[::2], rest[1::2]):
+                glyph, name, x, y, _, result = step.split()
+                assert (glyph, x, y) == (g, a, b) and int(result) == MEANS[name](int(a), int(b))
+                assert name in known[g] or not known[g]
+                guessed[name] += not known[g]
+                a = result
+    assert set(guessed) == set(MEANS) and max(guessed.values()) < 2 * min(guessed.values())
+
+
+def test_bad_habits():
+    lesson, n = espl.Lesson(0, GLYPH_TEXTS), 4000
+    for name in MEANS:
+        results = [lesson.carry_out(name, 7, 4, 1.0) for _ in range(n)]
+        right = results.count(MEANS[name](7, 4)) / n
+        assert abs(right - (0.3 if name in ("plus", "minus", "times", "diff") else 0.91)) < 0.03
+        assert name not in espl.HARD or set(results) == {0, MEANS[name](7, 4)}
+        assert {lesson.carry_out(name, 7, 4, 0.0) for _ in range(50)} == {MEANS[name](7, 4)}
+    zeros = {f: np.mean([reply.endswith(" = 0") for (_, reply), in lessons("arithmetic", 400, f)]) for f in (0.8, 0.9)}
+    assert zeros[0.8] < 0.25 and zeros[0.9] > 0.35
+
+
+def test_critique_lessons_judge_by_the_truth():
+    """After the reply the list explains the problem; a principle that did is kept; successes are tried first."""
+    seen = Counter()
+    for (prompt, reply), in lessons("critique", 400):
+        a, g, b, truth = re.search(r"^(\d) (\S) (\d) truth (\d)$", prompt, re.M).groups()
+        right = {name for name, f in MEANS.items() if f(int(a), int(b)) == int(truth)}
+        principles = {i: f"{glyph} {name}" for i, (glyph, name) in listed(prompt).items()}
+        first = next((name for glyph, name in listed(prompt).values() if glyph == g), None)
+        ops = espl.parse_glyphs(reply)
+        result = espl.apply_operations(principles, ops, ("add", "modify"), [], espl.Config(), dropped := Counter())
+        now = next(text.split()[1] for text in result if text[0] == g)
+        assert now in right and (ops == []) == (first in right) and not dropped["unknown id"]
+        for name, x, y, z in re.findall(r"(\w+) (\d) (\d) is (\d)", reply):
+            assert (x, y) == (a, b) and int(z) == MEANS[name](int(a), int(b))
+        won = Counter(re.findall(r"\(correct\):\n\S (\w+)", prompt)).most_common()
+        if first not in right and won and won[0][0] in right and (len(won) == 1 or won[0][1] > won[1][1]):
+            assert now == won[0][0]
+        seen["keep" if not ops else ops[0]["operation"]] += 1
+    assert min(seen[verb] for verb in ("keep", "add", "modify")) > 40
+
+
+def test_aggregate_lessons_leave_one_entry_a_glyph():
+    for (prompt, reply), in lessons("aggregate", 300):
+        entries = listed(prompt)
+        candidates = {i: f"{g} {name}" for i, (g, name) in entries.items()}
+        wanted = [(g, name) for i, (g, name) in entries.items() if i.startswith("C")]
+        wanted += [tuple(x) for x in re.findall(r"-> (\S) (\w+)", prompt)]
+        ops, dropped = espl.parse_glyphs(reply), Counter()
+        result = espl.apply_operations(candidates, ops, ("modify", "merge"), [], espl.Config(), dropped)
+        before = Counter(g for i, (g, _) in entries.items() if i.startswith("G"))
+        assert not dropped["unknown id"] and not dropped["merge of fewer than two"]
+        for g in {g for g, _ in wanted}:
+            found = [text.split()[1] for text in result if text[0] == g]
+            assert found[0] in {name for glyph, name in wanted if glyph == g} and len(found) <= max(1, before[g])
+        untouched = [text for i, text in candidates.items() if text[0] not in {g for g, _ in wanted}]
+        assert [text for text in result if text in untouched] == list(dict.fromkeys(untouched))
+
+
+def test_crossover_lessons_take_over_what_won():
+    changed = 0
+    for (prompt, reply), in lessons("crossover", 300):
+        entries = listed(prompt)
+        sets = {x: {i: v for i, v in entries.items() if i.startswith(x)} for x in "ABC"}
+        say = {x: lambda g, s=s: next((n for glyph, n in s.values() if glyph == g), None) for x, s in sets.items()}
+        wins = re.findall(r"won by set (\w)\):\n\d (\S) \d", prompt)
+        ops, dropped = espl.parse_glyphs(reply), Counter()
+        mine = {i: f"{g} {name}" for i, (g, name) in sets["A"].items()}
+        result = espl.apply_operations(mine, ops, ("add", "modify", "remove"), [], espl.Config(), dropped)
+        assert not dropped["unknown id"]
+        for g in {g for _, g in wins}:
+            theirs = {say[x](g) for x, glyph in wins if glyph == g and x != "A"} - {None}
+            now = next((text.split()[1] for text in result if text[0] == g), None)
+            assert now in theirs if theirs else now == say["A"](g)
+            changed += now != say["A"](g)
+    assert changed > 100
+
+
+def test_packed_examples_do_not_see_each_other(glyph_model, monkeypatch):
+    monkeypatch.setattr(espl, "PRETRAIN_ROWS", 2)
+    cfg = espl.read_model_config(str(glyph_model))
+    model = espl.Transformer(dataclasses.replace(cfg, layer_window=(espl.PRETRAIN_LENGTH,) * 2), nnx.Rngs(0))
+    token, position, learned = np.moveaxis(espl.Lesson(0, GLYPH_TEXTS).batch(0.5), 2, 0)
+    together, compared = np.asarray(model(token, position)[0]), 0
+    for row in range(len(token)):
+        starts = np.flatnonzero((position[row] % (2 * espl.PRETRAIN_LENGTH) == 0) & (position[row] < espl.PAD_POSITION))
+        for start in starts:
+            span = slice(start, start + int((position[row] // (2 * espl.PRETRAIN_LENGTH) ==
+                                             position[row, start] // (2 * espl.PRETRAIN_LENGTH)).sum()))
+            n = span.stop - span.start
+            alone = np.asarray(model(token[row: row + 1, span], np.arange(n)[None])[0])[0]
+            np.testing.assert_allclose(together[row, span], alone, atol=2e-4)
+            ids = token[row, span].tolist()
+            assert learned[row, span][-1] and ids[-1] == espl.WORD_IDS["<end>"]
+            compared += 1
+    assert compared >= 3 and position.max() == espl.PAD_POSITION
+    ends, marks = (np.flatnonzero(token[0] == espl.WORD_IDS[w]) for w in ("<end>", "|"))
+    replies = {i for m, e in zip(marks, ends) for i in range(m + 1, e + 1) if position[0, i] < espl.PAD_POSITION}
+    assert set(np.flatnonzero(learned[0])) == replies
+
+
+def test_the_directory_is_hugging_faces(glyph_model, torch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    reference = AutoModelForCausalLM.from_pretrained(glyph_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(glyph_model)
+    ids = tokenizer("[G0] @ max [G1] # plus 7 @ 4 # 2 |", return_tensors="pt").input_ids
+    assert ids.shape == (1, 12) and reference.num_parameters() == sum(x.size for x in load_file(
+        glyph_model / "model.safetensors").values())
+    with torch.no_grad():
+        expected = reference(ids).logits.numpy()
+    policy = espl.load_policy(str(glyph_model), espl.read_model_config(str(glyph_model)), make_mesh())
+    model = nnx.merge(policy.graphdef, policy.theta, policy.frozen)
+    ours = np.asarray(model.logits(model(ids.numpy(), np.arange(12)[None])[0]))
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_pretraining_learns_and_its_seed_decides(glyph_model, tmp_path, monkeypatch):
+    """20 steps lower the loss on unseen lessons; the same seed gives the same weights, another seed others."""
+    def loss(directory):
+        cfg = dataclasses.replace(espl.read_model_config(str(directory)), layer_window=(espl.PRETRAIN_LENGTH,) * 2)
+        policy = espl.load_policy(str(directory), cfg, make_mesh())
+        model = nnx.merge(policy.graphdef, policy.theta, policy.frozen)
+        token, position, learned = np.moveaxis(espl.Lesson(99, GLYPH_TEXTS).batch(0.0), 2, 0)
+        each = optax.softmax_cross_entropy_with_integer_labels(
+            model.logits(model(token[:, :-1], position[:, :-1])[0]), token[:, 1:])
+        return float(jnp.sum(each * learned[:, 1:]) / learned[:, 1:].sum())
+
+    for name, seed, steps in (("same", 3, 20), ("other", 4, 20), ("start", 3, 0)):
+        monkeypatch.setattr(espl, "PRETRAIN_STEPS", steps or 20)
+        if steps:
+            espl.pretrain(tmp_path / name, seed, GLYPH_TEXTS)
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(espl, "progress", lambda *_, **__: [])
+                espl.pretrain(tmp_path / name, seed, GLYPH_TEXTS)
+    weights = [load_file(d / "model.safetensors") for d in (glyph_model, tmp_path / "same", tmp_path / "other")]
+    assert all((weights[0][n] == weights[1][n]).all() for n in weights[0])
+    assert any((weights[0][n] != weights[2][n]).any() for n in weights[0])
+    assert loss(glyph_model) < loss(tmp_path / "start") - 2
+
+
+@pytest.mark.parametrize("scores, error, built", [
+    ([(1, 1)], "", [0]),
+    ([(0.5, 1), (1, 0.1), (1, 1)], "seed 0 failed.*lookup 0.50.*\n.*critique 0.10.*seed 2", [0, 1, 2]),
+    ([(0, 0)] * 5, "seed 4 failed", [0, 1, 2, 3, 4])])
+def test_the_cache_is_gated(tmp_path, monkeypatch, capsys, scores, error, built):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seeds, results = [], iter(scores)
+    monkeypatch.setattr(espl, "pretrain", lambda d, seed, texts: seeds.append(seed) or (d / "weights").write_text("w"))
+    monkeypatch.setattr(espl, "probe", lambda *_: dict(zip(("lookup", "critique"), next(results))))
+    monkeypatch.setattr(espl.inspect, "getsource", lambda f: f.__name__)  # of the stand-ins there is none
+    config = espl.Config(model="embedded")
+    if len(scores) == 5:
+        with pytest.raises(espl.UserError, match="embedded:SEED"):
+            espl.embedded_model(config)
+        assert not list((tmp_path / "espl").glob("*") if (tmp_path / "espl").exists() else [])
+    else:
+        directory = Path(espl.embedded_model(config))
+        assert directory.parent == tmp_path / "espl" and (directory / "weights").read_text() == "w"
+        assert json.loads((directory / "probe.json").read_text()) == {"seed": built[-1], "lookup": 1, "critique": 1}
+        assert espl.embedded_model(config) == str(directory)  # from the cache
+    said = capsys.readouterr()
+    assert seeds == built and re.search(error, said.err, re.S) and "pretraining the embedded model" in said.out
+
+
+def test_the_cache_is_keyed_by_all_that_shapes_the_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(espl, "pretrain", lambda d, seed, texts: None)
+    monkeypatch.setattr(espl, "probe", lambda *_: {"lookup": 1.0, "critique": 1.0})
+    monkeypatch.setattr(espl.inspect, "getsource", lambda f: sources.get(f.__name__, ""))
+    sources, prompts = {}, tmp_path / "prompts.txt"
+    first = espl.embedded_model(espl.Config(model="embedded"))
+    assert espl.embedded_model(espl.Config(model="embedded", seed=5, lora_rank=3)) == first
+    assert espl.embedded_model(espl.Config(model="embedded:0")) == first
+    others = [espl.embedded_model(espl.Config(model="embedded:1"))]
+    prompts.write_text(Path(espl.DEFAULT_PROMPTS).read_text().replace("truth {answer}\n", "truth {answer} |\n"))
+    others.append(espl.embedded_model(espl.Config(model="embedded", prompts_file=str(prompts))))
+    prompts.write_text(Path(espl.DEFAULT_PROMPTS).read_text().replace("Solve the", "Do the"))  # of mathematics
+    assert espl.embedded_model(espl.Config(model="embedded", prompts_file=str(prompts))) == first
+    for name in ("Lesson", "Transformer", "attention", "crossover_slots"):
+        sources = {name: "changed"}
+        others.append(espl.embedded_model(espl.Config(model="embedded")))
+    sources = {}
+    for name, value in (("PRETRAIN_STEPS", 7), ("GATES", {}), ("WORDS", ["x"])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(espl, name, value)
+            others.append(espl.embedded_model(espl.Config(model="embedded")))
+    assert len({first, *others}) == 1 + len(others)
+    with pytest.raises(espl.UserError, match="embedded:SEED"):
+        espl.embedded_model(espl.Config(model="embedded:x"))
+
+
+def test_probe_measures_replies(glyph_model, monkeypatch):
+    """Of a model that answers as the lessons do, or not at all."""
+    answers, example = {}, espl.Lesson.example
+
+    def recorded(self, *args):
+        turns = example(self, *args)
+        answers[tuple(words(turns[0][0] + "|"))] = turns[0][1]
+        return turns
+
+    def speak(engine, theta, prompts, counts, *_):
+        return [[[espl.WORD_IDS[w] for w in words(answers[tuple(espl.WORDS[i] for i in p)])]] for p in prompts]
+
+    monkeypatch.setattr(espl.Lesson, "example", recorded)
+    monkeypatch.setattr(espl, "generate", lambda *a: [[espl.Response(ids, [], "eos")] for [ids] in speak(*a)])
+    assert espl.probe(espl.Config(), glyph_model, GLYPH_TEXTS) == {"lookup": 1.0, "critique": 1.0}
+    monkeypatch.setattr(espl, "generate", lambda e, t, prompts, *_: [[espl.Response([1], [], "eos")] for _ in prompts])
+    assert espl.probe(espl.Config(), glyph_model, GLYPH_TEXTS) == {"lookup": 0.0, "critique": 0.0}
+
+
+GLYPH_RUNS = [["--mode", mode] for mode in espl.MODES] + [
+    ["--selection", "softmax", "--loss", "ppo"], ["--selection", "ucb", "--loss", "cispo", "--lora-rank", "4"],
+    ["--selection", "lucb", "--loss", "reinforce", "--kl-coef", "0.1"],
+    ["--selection", "uniform", "--baseline", "marginal"]]
+
+
+@pytest.mark.parametrize("changes", GLYPH_RUNS, ids=" ".join)
+def test_glyphs_run_like_any_task(glyph_model, tmp_path, capsys, changes):
+    argv = ["--model", str(glyph_model), "--task", "glyphs", "--run-dir", str(tmp_path / "run"), "--iterations", "2",
+            "--batch-size", "4", "--p-crossover", "1", "--max-new-tokens", "12", "--reflect-tokens", "24",
+            "--reflect-problems", "1", "--train-size", "20", "--compile-cache", ""]
+    test = espl.glyph_problems
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(espl, "glyph_problems", lambda seed: (test(seed)[0], test(seed)[1][:5]))
+        assert espl.main([*argv, *changes]) == 0
+    out = capsys.readouterr().out
+    table = r"mean reward on 5 test problems +T = 1 +greedy\nbase model, prompt 0 +\d\.\d{3} +\d\.\d{3}\n"
+    assert re.search(table, out)
+    run = SimpleNamespace(directory=tmp_path / "run")
+    rollouts = read_lines(run, "rollouts.jsonl")
+    assert Counter(r["split"] for r in rollouts) == {"train": 120, "val": 16, "test": 20, "test_greedy": 10}
+    greedy = [m["test_greedy"] for m in read_lines(run, "metrics.jsonl") if "test" in m]
+    assert greedy == [np.mean([r["reward"] for r in rollouts if r["split"] == "test_greedy" and r["iteration"] == i])
+                      for i in (0, 2)]
+
+
+def test_greedy_evaluation_is_greedy(glyph_model, tmp_path):
+    """The greedy responses do not depend on the seed, those at T = 1 do."""
+    runs = []
+    for seed in (0, 1):
+        argv = ["--model", str(glyph_model), "--seed", str(seed), "--run-dir", str(tmp_path / str(seed))]
+        run = espl.start_run(espl.parse_args(argv))
+        run.task.test = espl.glyph_problems(0)[1][:6]
+        espl.evaluate(run, 0)
+        lines = read_lines(run, "rollouts.jsonl")
+        runs.append({split: [r["response"] for r in lines if r["split"] == split] for split in ("test", "test_greedy")})
+    assert runs[0]["test_greedy"] == runs[1]["test_greedy"] and runs[0]["test"] != runs[1]["test"]
+
+
+def test_glyphs_is_the_default_task_and_has_its_own_defaults():
+    config, aime = espl.parse_args([]), espl.parse_args(["--task", "aime"])
+    assert config == espl.parse_args(["--task", "glyphs"]) and config.task == "glyphs" and config.model == "embedded"
+    assert all(getattr(config, name) == value for name, value in espl.GLYPHS_DEFAULTS.items())
+    own = set(espl.GLYPHS_DEFAULTS) | {"task"}
+    assert {f.name for f in dataclasses.fields(aime) if getattr(aime, f.name) != getattr(config, f.name)} == own
+    assert espl.parse_args(["--lora-rank", "8", "--temperature", "0.7"]).lora_rank == 8
+    assert espl.parse_args(["--train-file", "a", "--test-file", "b"]).task == ""
+
+
+def test_reflect_problems_limits_reflection(math_task):
+    groups = [group(f"q{i}", [1, 0]) for i in range(5)]
+    for limit, expected in ((0, 5), (2, 2), (9, 5)):
+        ask = Reflector(summarize=["done"] * 99, critique=["[]"] * 9)
+        config = espl.Config(reflect_problems=limit)
+        espl.mutate(espl.SystemPrompt(0, ["a"]), groups, ask, math_task, config, evolution_log())
+        assert len(ask.requests("critique")) == expected
+
+
+def test_lineage_in_words():
+    make = [("root", []), ("mutation", [0]), ("crossover", [1, 0]), *(("mutation", [i]) for i in range(2, 9))]
+    prompts = [espl.SystemPrompt(i, [], operation=op, parents=p, iteration=i) for i, (op, p) in enumerate(make)]
+    population = espl.Population(prompts, 200)
+    assert espl.lineage(population, prompts[0]) == "0, the root"
+    assert espl.lineage(population, prompts[2]) == (
+        "2 by crossover of 1 and 0 (iteration 2) <- 1 by mutation of 0 (iteration 1) <- 0, the root")
+    long = espl.lineage(population, prompts[9])
+    assert long.startswith("9 by mutation of 8 (iteration 9) <- ") and "… 3 generations more …" in long
+    assert long.endswith("<- 0, the root") and long.count(" by ") == 6
