@@ -1633,7 +1633,7 @@ WORDS = [
 WORD = "|".join(rf"\b{w}\b(?!:| \()" if w.isalnum() else re.escape(w) for w in sorted(WORDS, key=len, reverse=True))
 WORD_IDS = {w: i for i, w in enumerate(WORDS)}
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}|"
-PRETRAIN_STEPS, PRETRAIN_ROWS, PRETRAIN_LENGTH = 3400, 4, 256
+PRETRAIN_STEPS, PRETRAIN_ROWS, PRETRAIN_LENGTH = 5000, 5, 192
 GATES = {"lookup": 0.9, "critique": 0.75}  # what a pretrained model must reach in `probe`
 
 
@@ -1694,14 +1694,15 @@ class Lesson:
 
     def __init__(self, seed: int, texts: dict[str, str]):
         self.rng, self.texts, self.waiting = random.Random(f"lesson/{seed}"), texts, []
+        self.looks_up = False  # set when the model has learned to look principles up
 
     def example(self, progress: float, skill: str = "") -> list[tuple[str, str]]:
         """(prompt, reply) turns that exercise a skill. progress in [0, 1] through pretraining: first looking things up
-        in longer and longer lists, then everything, at last with bad habits."""
+        in longer and longer lists, until that is learned; then everything; at last with bad habits."""
         early = dict(recall=72, solve=14, arithmetic=6, infer=8)
-        late = dict(recall=8, solve=22, arithmetic=5, infer=11, summarize=4, critique=24, aggregate=13, crossover=13)
-        shares = early if progress < 0.16 else late
-        self.longest, self.slips = round(12 * min(1, 0.15 + progress / 0.15)), float(progress > 0.82)
+        late = dict(recall=10, solve=22, arithmetic=4, infer=8, summarize=3, critique=22, aggregate=17, crossover=14)
+        shares = late if self.looks_up or progress > 0.3 else early
+        self.longest, self.slips = round(12 * min(1, 0.15 + progress / 0.1)), float(progress > 0.82)
         self.meaning = draw_meaning(self.rng)
         return getattr(self, skill or self.rng.choices(list(shares), shares.values())[0])()
 
@@ -1763,8 +1764,8 @@ class Lesson:
         """Operations tried in turn, those in `names` first, until one gives the truth: the text, and the last one."""
         tried = []
         for name in dict.fromkeys([*names, *self.rng.sample(list(OPERATIONS), len(OPERATIONS))]):
-            tried.append(f"{name} {a} {b} is {OPERATIONS[name](int(a), int(b))}")
-            if tried[-1].endswith(truth):
+            tried.append(f"{name} {a} {b} is {OPERATIONS[name](int(a), int(b))} truth {truth}")
+            if tried[-1].endswith(f"is {truth} truth {truth}"):
                 break
         return " ; ".join(tried), name
 
@@ -1795,7 +1796,7 @@ class Lesson:
         won = Counter(text.split()[1] for grade, text in attempts if grade == "correct").most_common()
         first = [name for name in (entry.split()[-1], *(name for name, _ in won)) if name != "none"]
         said, name = self.search(p[0], p[4], truth, first)
-        reply = f"{p[2]} {entry} {p} truth {truth} infer {said} so {change(entry, p[2], name)}"
+        reply = f"{p} truth {truth} infer {said} so {p[2]} {entry} {change(entry, p[2], name)}"
         return [(fill(self.texts["critique"], critique_slots(Problem(p, p, (truth,)), ids, attempts, 1)), reply)]
 
     def aggregate(self):
@@ -1880,14 +1881,16 @@ def pretrain(directory: Path, seed: int, texts: dict[str, str]) -> None:
 
     def step(state, batch_BT3):
         theta, opt_state = state
-        updates, opt_state = optimizer.update(jax.grad(loss)(theta, batch_BT3), opt_state, theta)
-        return (optax.apply_updates(theta, updates), opt_state), None
+        value, gradient = jax.value_and_grad(loss)(theta, batch_BT3)
+        updates, opt_state = optimizer.update(gradient, opt_state, theta)
+        return (optax.apply_updates(theta, updates), opt_state), value
 
-    steps = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches)[0])
-    lesson, state, at_once = Lesson(seed, texts), (theta, optimizer.init(theta)), 10
+    steps = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches))
+    lesson, state, losses, at_once = Lesson(seed, texts), (theta, optimizer.init(theta)), np.full(1, np.inf), 10
     for i in progress(range(0, PRETRAIN_STEPS, at_once), desc="pretraining the embedded model"):
         batches = np.stack([lesson.batch((i + j) / PRETRAIN_STEPS) for j in range(at_once)])
-        state = steps(jax.block_until_ready(state), batches)
+        lesson.looks_up |= float(np.mean(losses)) < 0.45  # of the steps before: these lines wait for them
+        state, losses = steps(state, batches)
     save_weights(directory, state[0], cfg)
 
 
@@ -1904,7 +1907,7 @@ def probe(config: Config, directory: Path, texts: dict[str, str]) -> dict[str, f
 
     def explains(example, reply):
         a, b, truth = re.search(r"(\d) \S (\d) truth (\d)", example[0]).groups()
-        named = re.search(r"(\w+) \d \d is \d so", reply)
+        named = re.search(r"(\w+) \d \d is \d truth \d so", reply)
         return bool(named) and named[1] in OPERATIONS and str(OPERATIONS[named[1]](int(a), int(b))) == truth
 
     start = lambda reply: " ".join(reply.split()[:2])
@@ -2188,8 +2191,8 @@ def draw_curves(run: Run) -> None:
     with open(run.directory / "metrics.jsonl", encoding="utf-8") as f:
         lines = [json.loads(line) for line in f]
     points = lambda rows, name: [(r["iteration"], r[name]) for r in rows if name in r]
-    panels = {"reward": {"training batch": points(lines, "reward_mean")} | {
-                  split: curve for split in ("val", "test", "test_greedy") if (curve := points(run.evaluations, split))},
+    scores = {name: points(run.evaluations, name) for name in ("val", "test", "test_greedy")}
+    panels = {"reward": {"training batch": points(lines, "reward_mean")} | {k: v for k, v in scores.items() if v},
               "TrueSkill mu": {f"prompt {s.id}": points(s.history, "mu") for s in run.population.prompts},
               "response length (tokens)": {"mean": points(lines, "response_tokens")},
               "entropy (nats a token)": {"mean": points(lines, "entropy")}}

@@ -2226,8 +2226,10 @@ def test_grade_glyphs(text, outcome):
 
 
 @pytest.mark.parametrize("reply, expected", [
-    ("% none 7 % 4 truth 3 infer max 7 4 is 7 ; minus 7 4 is 3 so add % minus", [("add", "% minus", "", [])]),
-    ("% [G3] % max 7 % 4 truth 3 infer minus 7 4 is 3 so modify [G3] % minus", [("modify", "% minus", "G3", ["G3"])]),
+    ("7 % 4 truth 3 infer max 7 4 is 7 truth 3 ; minus 7 4 is 3 truth 3 so % none add % minus",
+     [("add", "% minus", "", [])]),
+    ("7 % 4 truth 3 infer minus 7 4 is 3 truth 3 so % [G3] % max modify [G3] % minus",
+     [("modify", "% minus", "G3", ["G3"])]),
     ("… so keep", []), ("[C0] % max [C0] % max keep ; [C1] # left [G2] # right merge [G2] [C1] # left",
                         [("merge", "# left", "G2", ["G2", "C1"])]),
     ("B % max [A.G1] % left modify [A.G1] % max ; C ! left none add ! left",
