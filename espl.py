@@ -1857,7 +1857,7 @@ def pretrain(directory: Path, seed: int, texts: dict[str, str]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHAT_TEMPLATE,
                             clean_up_tokenization_spaces=False).save_pretrained(directory)
     LlamaConfig(vocab_size=len(WORDS), hidden_size=64, intermediate_size=192, num_hidden_layers=2, head_dim=32,
-                num_attention_heads=4, max_position_embeddings=PRETRAIN_LENGTH, rms_norm_eps=1e-5,
+                num_attention_heads=4, max_position_embeddings=2 * PRETRAIN_LENGTH, rms_norm_eps=1e-5,
                 rope_parameters={"rope_type": "default", "rope_theta": 100.0}, tie_word_embeddings=True,
                 bos_token_id=None, eos_token_id=WORD_IDS["<end>"],
                 architectures=["LlamaForCausalLM"]).save_pretrained(directory)

@@ -2275,6 +2275,22 @@ def test_the_language_of_requests():
     assert text == "[G0] @ max [C0] # left [G0] -> @ min aggregate"
 
 
+def test_the_longest_requests_fit(glyph_model):
+    """Full lists, fifteen attempts, three sets: nothing of a request is ever cut."""
+    config, problem = espl.parse_args([]), espl.Problem("", "7 @ 4", ("3",))
+    engine, chat = espl.load_engine(dataclasses.replace(config, model=str(glyph_model)))
+    principles = ["@ max"] * config.max_principles
+    ids, many = espl.numbered(principles), config.num_prompts * config.num_rollouts
+    proposals = [{"operation": "modify", "modified_from": "G0", "principle": "@ min"}] * config.reflect_problems
+    wins = [("B", b, problem) for b in range(config.batch_size)]
+    requests = {"critique": espl.critique_slots(problem, ids, [("correct", "@ max")] * many, 1),
+                "aggregate": espl.aggregate_slots(ids, proposals)[1],
+                "crossover": espl.crossover_slots(dict.fromkeys("ABC", principles), wins)}
+    for name, slots in requests.items():
+        whole = chat.ids("", espl.fill(GLYPH_TEXTS[name], slots))
+        assert espl.fit_request(chat, GLYPH_TEXTS[name], slots, engine.context - config.reflect_tokens) == whole
+
+
 def test_solving_follows_the_principles():
     """Without habits: the list's operation wherever there is one (any of several), else a guess; results are right."""
     guessed = Counter()
