@@ -1930,7 +1930,7 @@ def embedded_model(config: Config) -> str:
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espl" / f"embedded-{key}"
     if (directory / "probe.json").is_file():
         return str(directory)
-    print(f"pretraining the embedded model (once; two minutes on two cores) into {directory}", flush=True)
+    print(f"pretraining the embedded model (once; a minute and a half on two cores) into {directory}", flush=True)
     for seed in range(int(number), int(number) + 5):
         with tempfile.TemporaryDirectory() as scratch:
             pretrain(Path(scratch), seed, texts)
