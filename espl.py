@@ -992,22 +992,22 @@ def rotate(x_BTNH, cos_BTH, sin_BTH):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, query_position_BT, key_position_BS, window, cfg: ModelConfig):
+def attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, key_position_BS, window, cfg: ModelConfig):
     """Causal grouped-query attention by position: a query at p sees the keys at positions in (p - window, p]."""
     B, T, N, H = q_BTNH.shape
     if T > 512:  # long sequences: queries in blocks, recomputed in the backward pass, so that [T, S] is never stored
         q = jnp.pad(q_BTNH, ((0, 0), (0, -T % 512), (0, 0), (0, 0))).reshape(B, -1, 512, N, H).swapaxes(0, 1)
         p = jnp.pad(query_position_BT, ((0, 0), (0, -T % 512))).reshape(B, -1, 512).swapaxes(0, 1)
-        block = jax.checkpoint(lambda x: attention(x[0], k_BSKH, v_BSKH, x[1], key_position_BS, window, cfg))
+        block = jax.checkpoint(lambda x: attention(x[0], k_BKSH, v_BKSH, x[1], key_position_BS, window, cfg))
         return jax.lax.map(block, (q, p)).swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
     q_BTKGH = q_BTNH.reshape(B, T, cfg.num_kv_heads, -1, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * cfg.attention_scale
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) * cfg.attention_scale
     if cfg.attention_cap:
         scores = cfg.attention_cap * jnp.tanh(scores / cfg.attention_cap)
     distance_BTS = query_position_BT[:, :, None] - key_position_BS[:, None, :]
     visible = (distance_BTS >= 0) & (distance_BTS < window)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH).reshape(B, T, N, H)
 
 
 class Block(nnx.Module):
@@ -1025,19 +1025,19 @@ class Block(nnx.Module):
         if cfg.gemma:
             self.attention_post_norm, self.mlp_post_norm = RMSNorm(cfg, D), RMSNorm(cfg, D)
 
-    def __call__(self, x_BTD, cos, sin, position_BT, window, layer, cache):
+    def __call__(self, x_BTD, cos, sin, position_BT, window, cache=None):
         cfg, (B, T, _) = self.cfg, x_BTD.shape
         h = self.attention_norm(x_BTD)
         q, k, v = (p(h).reshape(B, T, -1, cfg.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).swapaxes(1, 2), v.swapaxes(1, 2)
         key_position_BS = position_BT
         if cache is not None:  # a token at position p lives in cache slot p; padding (position >= S) is dropped
-            rows = jnp.arange(B)[:, None]
-            cache = {n: cache[n].at[layer, rows, position_BT].set(x, mode="drop") for n, x in (("k", k), ("v", v))}
-            k, v = cache["k"][layer], cache["v"][layer]
-            key_position_BS = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
+            rows, heads = jnp.arange(B)[:, None, None], jnp.arange(k.shape[1])[None, :, None]
+            cache = k, v = tuple(old.at[rows, heads, position_BT[:, None]].set(new, mode="drop")
+                                 for old, new in zip(cache, (k, v)))
+            key_position_BS = jnp.broadcast_to(jnp.arange(k.shape[2]), (B, k.shape[2]))
         h = self.o_proj(attention(q, k, v, position_BT, key_position_BS, window, cfg).reshape(B, T, -1))
         x_BTD = x_BTD + (self.attention_post_norm(h) if cfg.gemma else h)
         h = self.mlp_norm(x_BTD)
@@ -1060,11 +1060,16 @@ class Transformer(nnx.Module):
         stack = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r), in_axes=0, out_axes=0))
         self.layers = stack(rngs)
 
-    def __call__(self, token_BT, position_BT, cache=None, remat=False):
+    def blocks(self) -> list[Block]:
+        """The layers one by one, for a call with a cache."""
+        graphdef, weights = nnx.split(self.layers)
+        return [nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights)) for i in range(self.cfg.num_layers)]
+
+    def __call__(self, token_BT, position_BT, cache=None, blocks=None, remat=False):
         """Final hidden states [B, T, D] and the cache with these tokens' keys and values written into it.
 
-        One function for prefill, decode and training: with a cache ({"k", "v"}: [L, B, S, K, H]) queries attend to its
-        slots, without one to the given tokens. Padding, left or right, is any token at PAD_POSITION.
+        One function for prefill, decode and training: with a cache (keys and values [B, K, S, H] of each layer) queries
+        attend to its slots, without one to the given tokens. Padding, left or right, is any token at PAD_POSITION.
         """
         cfg = self.cfg
         x_BTD = self.embed[...][token_BT].astype(cfg.dtype)
@@ -1073,16 +1078,21 @@ class Transformer(nnx.Module):
         x_BTD = constrain(x_BTD, "data", None, None)
         angle = position_BT[None, :, :, None] * jnp.array(cfg.rope_frequencies, jnp.float32)[:, None, None, :]
         cos, sin = jnp.cos(angle).astype(cfg.dtype), jnp.sin(angle).astype(cfg.dtype)  # [kinds, B, T, H/2]
+        if cache is not None:  # a loop: in a scan every step would copy each layer's weights and cache
+            new = []
+            for block, rope, window, old in zip(blocks or self.blocks(), cfg.layer_rope, cfg.layer_window, cache):
+                x_BTD, layer_cache = block(x_BTD, cos[rope], sin[rope], position_BT, window, old)
+                new.append(layer_cache)
+            return self.final_norm(x_BTD), new
         graphdef, weights = nnx.split(self.layers)
 
-        def layer(carry, xs):
-            weights, layer, rope, window = xs
-            block = nnx.merge(graphdef, weights)
-            return block(carry[0], cos[rope], sin[rope], position_BT, window, layer, carry[1]), None
+        def layer(x_BTD, xs):  # a scan: compile time does not grow with L
+            weights, rope, window = xs
+            return nnx.merge(graphdef, weights)(x_BTD, cos[rope], sin[rope], position_BT, window)[0], None
 
-        xs = (weights, jnp.arange(cfg.num_layers), jnp.array(cfg.layer_rope), jnp.array(cfg.layer_window))
-        (x_BTD, cache), _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, (x_BTD, cache), xs)
-        return self.final_norm(x_BTD), cache
+        xs = (weights, jnp.array(cfg.layer_rope), jnp.array(cfg.layer_window))
+        x_BTD, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_BTD, xs)
+        return self.final_norm(x_BTD), None
 
     def logits(self, x):
         """float32 logits [..., V] of final hidden states [..., D]. Callers take few rows at a time: V is large."""
@@ -1288,9 +1298,10 @@ def sample_token(key_S, logits_SV, temperature: float, top_p: float):
 
 
 def new_cache(cfg: ModelConfig, rows: int, length: int):
-    """Empty key/value cache of `rows` sequences of up to `length` tokens: {"k", "v"}: [L, B, S, K, H]."""
-    shape = (cfg.num_layers, rows, length, cfg.num_kv_heads, cfg.head_dim)
-    return {n: constrain(jnp.zeros(shape, cfg.dtype), None, "data", None, "model", None) for n in ("k", "v")}
+    """Empty cache of `rows` sequences of up to `length` tokens: keys and values [B, K, S, H] for each layer."""
+    empty = lambda: jnp.zeros((rows, cfg.num_kv_heads, length, cfg.head_dim), cfg.dtype)
+    return [(constrain(empty(), "data", "model", None, None), constrain(empty(), "data", "model", None, None))
+            for _ in range(cfg.num_layers)]
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -1303,13 +1314,13 @@ def prefill(graphdef, theta, frozen, token_1T, position_1T):
 @partial(jax.jit, donate_argnames="cache")
 def admit(cache, prefix, slot):
     """The cache with a prefilled prompt in one of its slots."""
-    return {n: jax.lax.dynamic_update_slice(cache[n], prefix[n], (0, slot, 0, 0, 0)) for n in cache}
+    return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (slot, 0, 0, 0)), cache, prefix)
 
 
 @partial(jax.jit, static_argnames="length")
-def grow(cache, length):
-    """The cache with room for `length` tokens a row."""
-    return {n: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0), (0, 0))) for n, x in cache.items()}
+def resize(cache, rows, length):
+    """The cache with only these rows, and room for `length` tokens in each."""
+    return jax.tree.map(lambda x: jnp.pad(x[rows], ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="cache")
@@ -1321,11 +1332,12 @@ def decode_chunk(graphdef, theta, frozen, cache, token_S, position_S, remaining_
     log-probabilities).
     """
     model = nnx.merge(graphdef, theta, frozen)
+    blocks = model.blocks()  # cut out of the stacked weights once a chunk, not in every step
 
     def step(carry):
         i, cache, token, position, remaining, tokens, logprobs = carry
         live = remaining > 0
-        hidden, cache = model(token[:, None], jnp.where(live, position, PAD_POSITION)[:, None], cache)
+        hidden, cache = model(token[:, None], jnp.where(live, position, PAD_POSITION)[:, None], cache, blocks)
         # A rollout's own key, folded with the position: its tokens do not depend on its slot or its neighbours.
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S, impl="threefry2x32"), position)
         token, logprob = sample_token(keys, model.logits(hidden[:, 0]), temperature, top_p)
@@ -1385,9 +1397,15 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
             token[s], position[s], remaining[s] = prompts[g][-1], len(prompts[g]) - 1, room[g]
             key_S[s] = keys[admitted]
             admitted += 1
-        if (need := max(position[s] for s in range(S) if owner[s]) + DECODE_CHUNK) > length:
-            length = bucket(need)
-            cache = grow(cache, length)
+        order = sorted(range(S), key=lambda s: owner[s] is None)  # live rows first
+        live, fewer = S - owner.count(None), S
+        while admitted == len(queue) and fewer % (4 * data) == 0 and fewer // 4 >= live:
+            fewer //= 4  # nobody waits: a step costs less with fewer slots
+        need = max(position[s] for s in order[:live]) + DECODE_CHUNK
+        if fewer < S or need > length:
+            S, length, order = fewer, max(length, bucket(need)), order[:fewer]
+            cache, owner = resize(cache, np.array(order), length), [owner[s] for s in order]
+            token, position, remaining, key_S = (x[order] for x in (token, position, remaining, key_S))
         cache, *state = decode_chunk(policy.graphdef, theta, policy.frozen, cache, token, position, remaining, key_S,
                                      np.array(engine.eos_ids), sampling.temperature, sampling.top_p)
         token, position, remaining, tokens, logprobs = (np.array(x) for x in state)
@@ -1437,10 +1455,11 @@ def cache_tokens(policy: Policy) -> int:
     stats, cfg, mesh = jax.local_devices()[0].memory_stats() or {}, policy.cfg, policy.mesh.shape
     if "bytes_limit" not in stats:  # not known on CPU
         return 2**40
-    adam = 2 * sum(w.nbytes for w in jax.tree.leaves(policy.theta)) / len(jax.devices())  # does not exist yet
+    adam = 2 * sum(w.nbytes for w in jax.tree.leaves(policy.theta)) / len(jax.devices())  # does not exist yet,
+    layers = sum(w.nbytes for w in jax.tree.leaves((policy.frozen, policy.theta))) / mesh["model"]  # nor do `blocks`
     shards = mesh["data"] * (mesh["model"] if cfg.num_kv_heads % mesh["model"] == 0 else 1)
     token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
-    return int(0.35 * (stats["bytes_limit"] - stats["bytes_in_use"] - adam) * shards / token)
+    return int(0.35 * (stats["bytes_limit"] - stats["bytes_in_use"] - adam - layers) * shards / token)
 
 
 def load_engine(config: Config) -> tuple[Engine, Chat]:

@@ -520,9 +520,20 @@ def test_the_context_limits_a_response(policy):
 
 def test_the_cache_stays_within_its_tokens(policy, monkeypatch):
     shapes, decode = [], espl.decode_chunk
-    monkeypatch.setattr(espl, "decode_chunk", lambda *a: shapes.append(a[3]["k"].shape[1:3]) or decode(*a))
+    monkeypatch.setattr(espl, "decode_chunk", lambda *a: shapes.append(a[3][0][0].shape[:3:2]) or decode(*a))
     generate(policy, RAGGED, [3] * 6, DRAWN, cache_tokens=600)
     assert max(rows for rows, _ in shapes) > 1 and max(rows * length for rows, length in shapes) <= 600
+
+
+def test_the_rows_that_are_left_give_up_idle_slots(policy, monkeypatch):
+    prompts = random_prompts(*[CONTEXT - 5] * 15, 3)  # fifteen short responses and a long one
+    sampling = espl.SamplingParams(0.8, 1.0, CONTEXT)
+    alone, rows, decode = generate(policy, prompts, [1] * 16, sampling, slots=1), [], espl.decode_chunk
+    monkeypatch.setattr(espl, "decode_chunk", lambda *a: rows.append(len(a[4])) or decode(*a))
+    together = generate(policy, prompts, [1] * 16, sampling, slots=16)
+    assert rows[0] == 16 and set(rows[1:]) == {1}
+    assert [g[0].tokens for g in together] == [g[0].tokens for g in alone]
+    assert len(together[-1][0].tokens) == CONTEXT - 3
 
 
 def test_a_response_does_not_depend_on_slots_or_company(policy):
