@@ -128,7 +128,7 @@ class Config:
     val_size: int = flag(16, "Task", "training problems set aside to pick by; at most a fifth of them", low=0)
     prompts_file: str = flag("", "Task", "what is said to the model (default: prompts_seed.txt beside espl.py)")
 
-    model: str = flag("Qwen/Qwen3-1.7B", "Model", "Hugging Face hub name or local directory")
+    model: str = flag("Qwen/Qwen3-1.7B", "Model", "hub name, local directory, or embedded[:SEED] (section 8)")
     dtype: str = flag("auto", "Model", "activations and frozen weights (auto: bfloat16, on CPU float32)",
                       choices=("auto", "bfloat16", "float32"))
     lora_rank: int = flag(32, "Model", "rank of the adapter; 0 trains all weights", low=0)
@@ -1871,7 +1871,7 @@ def pretrain(directory: Path, seed: int, texts: dict[str, str]) -> None:
     """Pretrain the embedded model from scratch and write it to `directory`, in Hugging Face layout."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
-    tokenizer = Tokenizer(models.WordLevel(WORD_IDS, unk_token="none"))
+    tokenizer = Tokenizer(models.WordLevel(WORD_IDS))  # no other word ever reaches it
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHAT_TEMPLATE,
                             clean_up_tokenization_spaces=False).save_pretrained(directory)
@@ -1937,20 +1937,23 @@ def probe(config: Config, directory: Path, texts: dict[str, str]) -> dict[str, f
 
 
 def embedded_model(config: Config) -> str:
-    """Directory of the embedded model; if the user's cache has none that this very code made, it is pretrained."""
+    """Directory of the embedded model; it is pretrained unless the user's cache has one that this very code made."""
     number = config.model.partition(":")[2] or "0"
     if not re.fullmatch(r"[0-9]{1,9}", number):
         raise UserError(f"--model {config.model}: write embedded, or embedded:SEED to pretrain from another seed")
     texts = read_prompts(config.prompts_file or DEFAULT_PROMPTS, "glyphs")
+    texts = {name: texts[name] for name in ("summarize", "critique", "aggregate", "crossover")}
     code = (Lesson, solve_glyphs, draw_meaning, quote, change, listing, numbered, fill, critique_slots, aggregate_slots,
             crossover_slots, pretrain, probe, Transformer, Block, attention, rotate, RMSNorm, Linear)
-    shape = [texts, number, WORDS, WORD, CHAT_TEMPLATE, PRETRAIN_STEPS, PRETRAIN_ROWS, PRETRAIN_LENGTH, GATES]
+    tables = [[f(a, b) for a in range(10) for b in range(10)] for f in OPERATIONS.values()]
+    shape = [texts, int(number), WORDS, WORD, tables, HARD, CHAT_TEMPLATE, PRETRAIN_STEPS, PRETRAIN_ROWS,
+             PRETRAIN_LENGTH, GATES]
     key = hashlib.sha256(repr([*shape, *map(inspect.getsource, code)]).encode()).hexdigest()[:16]
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espl" / f"embedded-{key}"
     if (directory / "probe.json").is_file():
         return str(directory)
-    print(f"pretraining the embedded model (once; a minute and a half on two cores) into {directory}", flush=True)
     for seed in range(int(number), int(number) + 5):
+        print(f"pretraining the embedded model from seed {seed} (once; a minute and a half on two cores)", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
             pretrain(Path(scratch), seed, texts)
             found = probe(config, Path(scratch), texts)
@@ -1961,9 +1964,9 @@ def embedded_model(config: Config) -> str:
                     write_whole(directory / "probe.json", json.dumps({"seed": seed} | found))
                 except OSError as e:
                     raise UserError(f"cannot write {directory} ({first_line(e)}); set XDG_CACHE_HOME") from e
-                print(f"pretraining seed {seed} passed its probes: {said}", flush=True)
+                print(f"it passed its probes: {said}; kept in {directory}", flush=True)
                 return str(directory)
-        warn(f"pretraining seed {seed} failed its probes: {said}; trying seed {seed + 1}")
+        warn(f"the model pretrained from seed {seed} failed its probes: {said}")
     raise UserError("five pretraining seeds in a row failed; choose another --model embedded:SEED")
 
 

@@ -2454,7 +2454,7 @@ def test_pretraining_learns_and_its_seed_decides(glyph_model, tmp_path, monkeypa
 
 @pytest.mark.parametrize("scores, error, built", [
     ([(1, 1)], "", [0]),
-    ([(0.5, 1), (1, 0.1), (1, 1)], "seed 0 failed.*lookup 0.50.*\n.*critique 0.10.*seed 2", [0, 1, 2]),
+    ([(0.5, 1), (1, 0.1), (1, 1)], "seed 0 failed.*lookup 0.50.*\n.*seed 1 failed.*critique 0.10", [0, 1, 2]),
     ([(0, 0)] * 5, "seed 4 failed", [0, 1, 2, 3, 4])])
 def test_the_cache_is_gated(tmp_path, monkeypatch, capsys, scores, error, built):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -2473,7 +2473,8 @@ def test_the_cache_is_gated(tmp_path, monkeypatch, capsys, scores, error, built)
         assert json.loads((directory / "probe.json").read_text()) == {"seed": built[-1], "lookup": 1, "critique": 1}
         assert espl.embedded_model(config) == str(directory)  # from the cache
     said = capsys.readouterr()
-    assert seeds == built and re.search(error, said.err, re.S) and "pretraining the embedded model" in said.out
+    assert seeds == built and re.search(error, said.err, re.S)
+    assert [int(seed) for seed in re.findall(r"pretraining the embedded model from seed (\d)", said.out)] == built
 
 
 def test_the_cache_is_keyed_by_all_that_shapes_the_model(tmp_path, monkeypatch):
@@ -2488,13 +2489,15 @@ def test_the_cache_is_keyed_by_all_that_shapes_the_model(tmp_path, monkeypatch):
     others = [espl.embedded_model(espl.Config(model="embedded:1"))]
     prompts.write_text(Path(espl.DEFAULT_PROMPTS).read_text().replace("truth {answer}\n", "truth {answer} |\n"))
     others.append(espl.embedded_model(espl.Config(model="embedded", prompts_file=str(prompts))))
-    prompts.write_text(Path(espl.DEFAULT_PROMPTS).read_text().replace("Solve the", "Do the"))  # of mathematics
+    text = Path(espl.DEFAULT_PROMPTS).read_text().replace("Solve the", "Do the")  # of mathematics
+    prompts.write_text(text.replace("[glyphs.principles]\n", "[glyphs.principles]\n@ max\n"))  # the root prompt
     assert espl.embedded_model(espl.Config(model="embedded", prompts_file=str(prompts))) == first
     for name in ("Lesson", "Transformer", "attention", "crossover_slots"):
         sources = {name: "changed"}
         others.append(espl.embedded_model(espl.Config(model="embedded")))
     sources = {}
-    for name, value in (("PRETRAIN_STEPS", 7), ("GATES", {}), ("WORDS", ["x"])):
+    for name, value in (("PRETRAIN_STEPS", 7), ("GATES", {}), ("WORDS", ["x"]), ("HARD", ("plus",)),
+                        ("OPERATIONS", espl.OPERATIONS | {"plus": lambda a, b: a})):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(espl, name, value)
             others.append(espl.embedded_model(espl.Config(model="embedded")))

@@ -12,8 +12,10 @@ import argparse
 import random
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
+import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,21 +35,19 @@ def perfect_prompts(seed: int, directory: Path) -> Path:
     return path
 
 
-def scores(row: str, seed: int, model: str, extra: list[str], directory: Path) -> list[dict]:
+def evaluations(row: str, seed: int, model: str, extra: list[str], directory: Path) -> list[dict]:
     """The evaluations of one run, first to last."""
-    argv = ["--task", "glyphs", "--model", model, "--seed", str(seed), "--run-dir", str(directory / f"{row}-{seed}"),
-            "--mode", "rl" if row == "perfect" else row, *extra]
-    config = espl.parse_args(argv)
-    espl.jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
-    config.model = espl.embedded_model(config) if model.startswith("embedded") else model
-    if row == "perfect":
-        config.prompts_file = str(perfect_prompts(seed, directory))
+    argv = ["--task", "glyphs", "--model", model, "--seed", str(seed), "--run-dir", str(directory / f"{row}-{seed}")]
+    argv += ["--mode", row] if row != "perfect" else [
+        "--mode", "rl", "--prompts-file", str(perfect_prompts(seed, directory))]
+    config = espl.parse_args(argv + extra)
+    jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
     run = espl.start_run(config)
     espl.train(run)
     return run.evaluations
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
@@ -55,25 +55,25 @@ def main() -> None:
     parser.add_argument("--out", default="", help="where the runs are kept (default: a temporary directory)")
     args, extra = parser.parse_known_args()  # what is left goes to espl.py
     espl.print_line = lambda *_: None
-    table = {}
+    table = defaultdict(dict)  # row: {seed: evaluation}
     with tempfile.TemporaryDirectory() as scratch:
-        for row in args.rows:
-            for seed in args.seeds:
-                first, *_, last = scores(row, seed, args.model, extra, Path(args.out or scratch))
-                if row == "perfect":
-                    table.setdefault("perfect prompt, frozen weights", []).append(first)
-                    table.setdefault("rl, perfect prompt", []).append(last)
-                else:
-                    table.setdefault(row, []).append(last)
-                    if row == args.rows[-1]:
-                        table.setdefault("base", []).append(first)
-                print(f"{row} {seed}: {first['test']:.3f} -> {last['test']:.3f}, greedy {last['test_greedy']:.3f}",
-                      file=sys.stderr, flush=True)
+        for row, seed in ((row, seed) for row in args.rows for seed in args.seeds):
+            try:
+                first, *_, last = evaluations(row, seed, args.model, extra, Path(args.out or scratch))
+            except espl.UserError as e:
+                print(f"ladder: error: {e}", file=sys.stderr)
+                return 2
+            table["perfect prompt, frozen weights" if row == "perfect" else "base"][seed] = first
+            table["rl, perfect prompt" if row == "perfect" else row][seed] = last
+            print(f"{row} {seed}: {first['test']:.3f} -> {last['test']:.3f}, greedy {first['test_greedy']:.3f} -> "
+                  f"{last['test_greedy']:.3f}", file=sys.stderr, flush=True)
     print(f"| {len(args.seeds)} seeds | T = 1 | greedy |\n| --- | --- | --- |")
-    for row, found in sorted(table.items(), key=lambda item: np.mean([e["test"] for e in item[1]])):
-        cells = [[e[name] for e in found] for name in ("test", "test_greedy")]
-        print(f"| {row} | " + " | ".join(f"{np.mean(c):.2f} +- {np.std(c):.2f}" for c in cells) + " |")
+    for row, found in sorted(table.items(), key=lambda item: np.mean([e["test"] for e in item[1].values()])):
+        cells = [[e[name] for e in found.values()] for name in ("test", "test_greedy")]
+        print(f"| {row} | " + " | ".join(f"{np.mean(c):.2f} +- {np.std(c, ddof=min(1, len(c) - 1)):.2f}" for c in cells)
+              + " |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
