@@ -68,6 +68,7 @@ import optax
 import orbax.checkpoint as ocp
 import trueskill
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
@@ -946,6 +947,22 @@ def read_model_config(directory: str, dtype: str = "float32", lora_rank: int = 0
         dtype=dtype, lora_rank=lora_rank, lora_alpha=lora_alpha)
 
 
+@jax.custom_vjp
+def matmul(x, w):
+    """x W. Its gradient x^T g is written so that the smaller of x and g is transposed: XLA on CPUs copies it first."""
+    return x @ w
+
+
+def matmul_backward(saved, g):
+    x, w = saved
+    wide = w.shape[1] >= w.shape[0]
+    dw = jnp.einsum("...a,...b->ab", *((x, g) if wide else (g, x)))
+    return g @ w.T, dw if wide else dw.T
+
+
+matmul.defvjp(lambda x, w: (x @ w, (x, w)), matmul_backward)
+
+
 class Linear(nnx.Module):
     """y = x W + b + (alpha / R) (x A) B; A, B is the LoRA adapter, present when lora_rank > 0, and B starts at zero."""
 
@@ -961,13 +978,13 @@ class Linear(nnx.Module):
             self.lora_b = nnx.LoRAParam(jnp.zeros((cfg.lora_rank, d_out)))
 
     def __call__(self, x):  # [..., d_in] -> [..., d_out]
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = matmul(x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.cfg.lora_rank:
             scale = self.cfg.lora_alpha / self.cfg.lora_rank
-            y = y + (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * scale
-        return y
+            y = y + matmul(matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype)) * scale
+        return checkpoint_name(y, "linear")
 
 
 class RMSNorm(nnx.Module):
@@ -1025,25 +1042,28 @@ class Block(nnx.Module):
         if cfg.gemma:
             self.attention_post_norm, self.mlp_post_norm = RMSNorm(cfg, D), RMSNorm(cfg, D)
 
-    def __call__(self, x_BTD, cos, sin, position_BT, window, cache=None):
+    def __call__(self, x_BTD, cos, sin, position_BT, window, prefix=None, cache=None):
         cfg, (B, T, _) = self.cfg, x_BTD.shape
         h = self.attention_norm(x_BTD)
         q, k, v = (p(h).reshape(B, T, -1, cfg.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).swapaxes(1, 2), v.swapaxes(1, 2)
-        key_position_BS = position_BT
+        key_position_BS, new = position_BT, (k, v)
         if cache is not None:  # a token at position p lives in cache slot p; padding (position >= S) is dropped
             rows, heads = jnp.arange(B)[:, None, None], jnp.arange(k.shape[1])[None, :, None]
-            cache = k, v = tuple(old.at[rows, heads, position_BT[:, None]].set(new, mode="drop")
-                                 for old, new in zip(cache, (k, v)))
+            new = k, v = tuple(old.at[rows, heads, position_BT[:, None]].set(x, mode="drop")
+                               for old, x in zip(cache, new))
             key_position_BS = jnp.broadcast_to(jnp.arange(k.shape[2]), (B, k.shape[2]))
+        elif prefix is not None:
+            k, v = (jnp.concatenate(x, 2) for x in zip(prefix[:2], new))
+            key_position_BS = jnp.concatenate([prefix[2], position_BT], 1)
         h = self.o_proj(attention(q, k, v, position_BT, key_position_BS, window, cfg).reshape(B, T, -1))
         x_BTD = x_BTD + (self.attention_post_norm(h) if cfg.gemma else h)
         h = self.mlp_norm(x_BTD)
         gate = self.gate_proj(h)
         h = self.down_proj((jax.nn.gelu(gate) if cfg.gemma else jax.nn.silu(gate)) * self.up_proj(h))
-        return constrain(x_BTD + (self.mlp_post_norm(h) if cfg.gemma else h), "data", None, None), cache
+        return constrain(x_BTD + (self.mlp_post_norm(h) if cfg.gemma else h), "data", None, None), new
 
 
 class Transformer(nnx.Module):
@@ -1065,11 +1085,14 @@ class Transformer(nnx.Module):
         graphdef, weights = nnx.split(self.layers)
         return [nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights)) for i in range(self.cfg.num_layers)]
 
-    def __call__(self, token_BT, position_BT, cache=None, blocks=None, remat=False):
-        """Final hidden states [B, T, D] and the cache with these tokens' keys and values written into it.
+    def __call__(self, token_BT, position_BT, prefix=None, cache=None, blocks=None, remat=""):
+        """Final hidden states [B, T, D], and these tokens' keys and values.
 
-        One function for prefill, decode and training: with a cache (keys and values [B, K, S, H] of each layer) queries
-        attend to its slots, without one to the given tokens. Padding, left or right, is any token at PAD_POSITION.
+        Padding, left or right, is any token at PAD_POSITION. Queries see the given tokens and either of
+          prefix: (what an earlier call on P prompts returned, their positions [P, S], the prompt of each row [B]);
+          cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned.
+        Without a cache the keys and values are returned stacked, each [L, B, K, T, H]. remat: what the backward pass
+        computes again, "" nothing, "layer" all of a layer, "linear" all but the outputs of its linear maps.
         """
         cfg = self.cfg
         x_BTD = self.embed[...][token_BT].astype(cfg.dtype)
@@ -1081,18 +1104,23 @@ class Transformer(nnx.Module):
         if cache is not None:  # a loop: in a scan every step would copy each layer's weights and cache
             new = []
             for block, rope, window, old in zip(blocks or self.blocks(), cfg.layer_rope, cfg.layer_window, cache):
-                x_BTD, layer_cache = block(x_BTD, cos[rope], sin[rope], position_BT, window, old)
+                x_BTD, layer_cache = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old)
                 new.append(layer_cache)
             return self.final_norm(x_BTD), new
         graphdef, weights = nnx.split(self.layers)
+        keys_values, prefix_position, owner_B = prefix or (None, None, None)
 
         def layer(x_BTD, xs):  # a scan: compile time does not grow with L
-            weights, rope, window = xs
-            return nnx.merge(graphdef, weights)(x_BTD, cos[rope], sin[rope], position_BT, window)[0], None
+            weights, rope, window, old = xs
+            before = old and tuple(x[owner_B] for x in (*old, prefix_position))  # of each row, its prompt's
+            return nnx.merge(graphdef, weights)(x_BTD, cos[rope], sin[rope], position_BT, window, before)
 
-        xs = (weights, jnp.array(cfg.layer_rope), jnp.array(cfg.layer_window))
-        x_BTD, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_BTD, xs)
-        return self.final_norm(x_BTD), None
+        if remat:
+            keep = jax.checkpoint_policies.save_only_these_names("linear") if remat == "linear" else None
+            layer = jax.checkpoint(layer, policy=keep)
+        xs = (weights, jnp.array(cfg.layer_rope), jnp.array(cfg.layer_window), keys_values)
+        x_BTD, keys_values = jax.lax.scan(layer, x_BTD, xs)
+        return self.final_norm(x_BTD), keys_values
 
     def logits(self, x):
         """float32 logits [..., V] of final hidden states [..., D]. Callers take few rows at a time: V is large."""
@@ -1306,15 +1334,15 @@ def new_cache(cfg: ModelConfig, rows: int, length: int):
 
 @partial(jax.jit, static_argnames="graphdef")
 def prefill(graphdef, theta, frozen, token_1T, position_1T):
-    """Keys and values of a prompt: a cache with one row. No logits are computed."""
-    model = nnx.merge(graphdef, theta, frozen)
-    return model(token_1T, position_1T, new_cache(model.cfg, *token_1T.shape))[1]
+    """Keys and values of a prompt, each [L, 1, K, T, H]. No logits are computed."""
+    return nnx.merge(graphdef, theta, frozen)(token_1T, position_1T)[1]
 
 
 @partial(jax.jit, donate_argnames="cache")
 def admit(cache, prefix, slot):
     """The cache with a prefilled prompt in one of its slots."""
-    return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (slot, 0, 0, 0)), cache, prefix)
+    return [tuple(jax.lax.dynamic_update_slice(old, new[i], (slot, 0, 0, 0)) for old, new in zip(layer, prefix))
+            for i, layer in enumerate(cache)]
 
 
 @partial(jax.jit, static_argnames="length")
@@ -1337,7 +1365,7 @@ def decode_chunk(graphdef, theta, frozen, cache, token_S, position_S, remaining_
     def step(carry):
         i, cache, token, position, remaining, tokens, logprobs = carry
         live = remaining > 0
-        hidden, cache = model(token[:, None], jnp.where(live, position, PAD_POSITION)[:, None], cache, blocks)
+        hidden, cache = model(token[:, None], jnp.where(live, position, PAD_POSITION)[:, None], None, cache, blocks)
         # A rollout's own key, folded with the position: its tokens do not depend on its slot or its neighbours.
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S, impl="threefry2x32"), position)
         token, logprob = sample_token(keys, model.logits(hidden[:, 0]), temperature, top_p)
@@ -1535,11 +1563,21 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
     size = min(B * T, max(16, 1 << (2**25 // model.cfg.vocab_size).bit_length() - 1))  # <= 128 MiB of float32 logits
     graphdef, weights = nnx.split(model)
 
-    @jax.checkpoint
     def block(weights, hidden, target):
-        logp = jax.nn.log_softmax(nnx.merge(graphdef, weights).logits(hidden) / temperature)
-        return jnp.take_along_axis(logp, target[:, None], -1)[:, 0], -jnp.sum(jnp.exp(logp) * logp, -1)
+        logits, pull = jax.vjp(lambda h: nnx.merge(graphdef, weights).logits(h) / temperature, hidden)
+        logp = jax.nn.log_softmax(logits)
+        entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
+        chosen = jnp.take_along_axis(logp, target[:, None], -1)[:, 0]
+        if not model.cfg.lora_rank:
+            return chosen, entropy
+        # The table is frozen, so d log pi / d hidden is all that the backward pass needs: found here, nothing is redone.
+        [slope] = pull(jax.nn.one_hot(target, logits.shape[-1]) - jnp.exp(logp))
+        chosen, slope = jax.lax.stop_gradient((chosen, slope.astype(jnp.float32)))
+        moved = hidden.astype(jnp.float32) - jax.lax.stop_gradient(hidden).astype(jnp.float32)  # 0, with a gradient
+        return chosen + jnp.sum(slope * moved, -1), entropy
 
+    if not model.cfg.lora_rank:
+        block = jax.checkpoint(block)
     pad = -B * T % size
     hidden = jnp.pad(hidden_BTD.reshape(B * T, D), ((0, pad), (0, 0))).reshape(-1, size, D)
     target = jnp.pad(target_BT.reshape(B * T), (0, pad)).reshape(-1, size)
@@ -1549,11 +1587,13 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
     return tuple(x.reshape(-1)[: B * T].reshape(B, T) for x in out)
 
 
-def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective: Objective):
+def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective: Objective, remat: str):
     """-J(theta) of one microbatch (its share of the sum over all N M B rollouts) and sums for the log."""
     def logprobs(theta):
         model = nnx.merge(graphdef, theta, frozen)
-        hidden, _ = model(batch["token"], batch["position"], remat=True)
+        _, keys_values = model(batch["prompt"], batch["prompt_position"], remat=remat)  # once for all its responses
+        hidden, _ = model(batch["token"], batch["position"], (keys_values, batch["prompt_position"], batch["owner"]),
+                          remat=remat)
         return token_logprobs(model, hidden, batch["target"], objective.temperature)
 
     mask = batch["mask"]  # [B, T]: 1 where the target is a response token
@@ -1570,11 +1610,11 @@ def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, ob
     return loss, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "objective"), donate_argnames="gradient")
-def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective):
+@partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
+def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
     """Add a microbatch's gradient of -J to `gradient`; also its metrics."""
     new, metrics = jax.grad(loss_and_metrics, has_aux=True)(
-        theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective)
+        theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat)
     return jax.tree.map(jnp.add, gradient, new), metrics
 
 
@@ -1586,25 +1626,56 @@ def adam_step(optimizer, theta, opt_state, gradient):
 
 
 def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
-    """Padded batches of at most about max_tokens tokens, longest samples first, in few distinct shapes."""
-    samples = sorted(samples, key=lambda s: -len(s.prompt) - len(s.tokens))
-    while samples:
-        T = bucket(len(samples[0].prompt) + len(samples[0].tokens) - 1)
-        rows = max(1, max_tokens // T)
-        while rows // 4 >= len(samples):  # the last, smaller batch: sizes a factor of 4 apart, for few compilations
-            rows //= 4
-        rows = -(-rows // row_multiple) * row_multiple
+    """Padded batches of about max_tokens tokens, in few distinct shapes. Exact for any order and any split.
+
+    A row is a response, preceded by the last prompt token; the rest of a prompt is in the batch once for all its rows.
+    """
+    numbers = {}  # of the prompts, that with the longest response first
+    order = sorted(samples, key=lambda s: -len(s.tokens))
+    order = [(numbers.setdefault(tuple(s.prompt), len(numbers)), s) for s in order]
+    S = bucket(max(map(len, numbers)) - 1)
+
+    def plan(order, share):  # batches as (samples, rows, row length, prompts), with `share` rows to a prompt
+        while order:
+            T = bucket(max(len(s.tokens) for _, s in order))
+            rows = max(1, int(max_tokens / (T + S / share)))
+            while rows * T > 2048 and len(order) <= 0.75 * rows:  # the last ones, in pieces of a quarter
+                rows = -(-rows // 4)
+            rows, prompts = (-(-n // row_multiple) * row_multiple for n in (rows, -(-rows // share)))
+            taken = rows
+            while len({number for number, _ in order[:taken]}) > prompts:
+                taken -= 1
+            yield order[:taken], rows, T, prompts
+            order = order[taken:]
+
+    # By length there is less padding; prompt by prompt, prompts are shared. Which is cheaper depends on the lengths.
+    share = 1 << int(math.log2(len(order) / len(numbers)))
+    plans = [list(plan(order, 1)), list(plan(sorted(order, key=lambda x: x[0]), share))]
+    for chosen, rows, T, prompts in min(plans, key=lambda plan: sum(r * T + p * S for _, r, T, p in plan)):
         batch = {n: np.zeros((rows, T), t) for n, t in (("token", np.int32), ("target", np.int32), ("mask", bool),
                                                        ("behaviour", np.float32))}
-        batch |= {"position": np.full((rows, T), PAD_POSITION, np.int32), "advantage": np.zeros(rows, np.float32)}
-        for i, s in enumerate(samples[:rows]):
-            whole, p = s.prompt + s.tokens, len(s.prompt) - 1
-            n = len(whole) - 1  # inputs are whole[:-1]; the response's targets start at the last prompt token
-            batch["token"][i, :n], batch["target"][i, :n] = whole[:-1], whole[1:]
-            batch["position"][i, :n] = np.arange(n)
-            batch["mask"][i, p:n], batch["behaviour"][i, p:n], batch["advantage"][i] = True, s.logprobs, s.advantage
+        batch |= {"position": np.full((rows, T), PAD_POSITION, np.int32), "advantage": np.zeros(rows, np.float32),
+                  "owner": np.zeros(rows, np.int32), "prompt": np.zeros((prompts, S), np.int32),
+                  "prompt_position": np.full((prompts, S), PAD_POSITION, np.int32)}
+        places = {}
+        for i, (number, s) in enumerate(chosen):
+            p, n = places.setdefault(number, len(places)), len(s.prompt) - 1
+            batch["owner"][i], batch["advantage"][i] = p, s.advantage
+            batch["prompt"][p, :n], batch["prompt_position"][p, :n] = s.prompt[:-1], np.arange(n)
+            n = len(s.tokens)  # inputs begin with the last prompt token; targets are the response
+            batch["token"][i, :n], batch["target"][i, :n] = s.prompt[-1:] + s.tokens[:-1], s.tokens
+            batch["position"][i, :n] = len(s.prompt) - 1 + np.arange(n)
+            batch["mask"][i, :n], batch["behaviour"][i, :n] = True, s.logprobs
         yield batch
-        samples = samples[rows:]
+
+
+def cheapest_remat(cfg: ModelConfig, mesh, tokens: int) -> str:
+    """"linear" if the outputs of all linear maps for `tokens` tokens fit into a fifth of the memory, else "layer"."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    memory = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    width = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim + 2 * (cfg.model_dim + cfg.mlp_dim)
+    used = tokens / mesh.shape["data"] * cfg.num_layers * width * jnp.dtype(cfg.dtype).itemsize
+    return "linear" if used < memory / 5 else "layer"
 
 
 def rl_update(policy: Policy, optimizer, opt_state, samples: list[Sample], num_rollouts: int, objective: Objective,
@@ -1618,10 +1689,11 @@ def rl_update(policy: Policy, optimizer, opt_state, samples: list[Sample], num_r
         return opt_state, {"skipped": "no rollout with a learning signal"}
     gradient, sums = jax.tree.map(jnp.zeros_like, policy.theta), []
     batches = list(microbatches(samples, max_tokens, policy.mesh.shape["data"]))
+    remat = cheapest_remat(policy.cfg, policy.mesh, max_tokens)
     for batch in progress(batches, desc="updating"):
         batch = {n: jax.device_put(x, jax.sharding.NamedSharding(policy.mesh, P("data"))) for n, x in batch.items()}
         gradient, metrics = add_gradient(gradient, policy.theta, policy.theta_ref, policy.graphdef, policy.frozen,
-                                         batch, num_rollouts, objective)
+                                         batch, num_rollouts, objective, remat)
         sums.append(metrics)
     policy.theta, opt_state, norm = adam_step(optimizer, policy.theta, opt_state, gradient)
     total = {n: float(sum(s[n] for s, _ in sums)) for n in sums[0][0]}

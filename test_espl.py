@@ -139,7 +139,7 @@ def reference(torch, model, tokens=TOKENS, real=REAL):
 @partial(jax.jit, static_argnames="graphdef")
 def forward(graphdef, theta, frozen, tokens, positions, cache=None):
     model = nnx.merge(graphdef, theta, frozen)
-    hidden, cache = model(tokens, positions, cache)
+    hidden, cache = model(tokens, positions, cache=cache)
     return model.logits(hidden), cache
 
 
@@ -489,12 +489,14 @@ def test_logprobs_are_those_of_the_distribution_drawn_from(policy, temperature, 
     if top_p == 1:  # the trainer's own, on the padded batch that rl_update would make
         (batch,) = espl.microbatches(samples, 10**6, 1)
         model = nnx.merge(policy.graphdef, policy.theta, policy.frozen)
-        hidden, _ = model(batch["token"], batch["position"])
+        _, keys_values = model(batch["prompt"], batch["prompt_position"])
+        hidden, _ = model(batch["token"], batch["position"], (keys_values, batch["prompt_position"], batch["owner"]))
         logp, entropy = espl.token_logprobs(model, hidden, batch["target"], temperature)
         assert batch["mask"].sum() == 12 * 40
         np.testing.assert_allclose(logp[batch["mask"]], batch["behaviour"][batch["mask"]], atol=1e-4)
-        p = log_softmax(whole(policy, RAGGED[2] + responses[2][0].tokens)[:-1] / temperature)  # the longest: first row
-        np.testing.assert_allclose(entropy[0, : len(p)], -(np.exp(p) * p).sum(-1), atol=1e-4)
+        [row] = np.flatnonzero((batch["target"][:, :40] == responses[2][0].tokens).all(1))
+        p = log_softmax(whole(policy, RAGGED[2] + responses[2][0].tokens)[len(RAGGED[2]) - 1: -1] / temperature)
+        np.testing.assert_allclose(entropy[row, :40], -(np.exp(p) * p).sum(-1), atol=1e-4)
 
 
 def test_eos_ends_a_response_and_belongs_to_it(policy):
@@ -719,6 +721,57 @@ def test_gradient_ignores_padding_microbatches_and_empty_responses(policy):
     np.testing.assert_allclose(half * 2, together, atol=1e-6 * scale)
 
 
+@LORA_AND_FULL
+def test_a_prompt_is_computed_once_for_all_its_responses(lora_rank):
+    """The gradient equals that of the rollouts one by one, each with a prompt of its own; nothing is forgotten."""
+    policy = tiny_policy(lora_rank, noise=0.02)
+    prompts = random_prompts(70, 40, 1)
+    samples = [dataclasses.replace(s, prompt=prompts[i % 3], logprobs=[-3.0] * len(s.tokens))
+               for i, s in enumerate(off_policy_samples(policy, 1.0, shapes=[(1, n) for n in (9, 3, 12, 1, 7, 30, 8)]))]
+    [batch] = espl.microbatches(samples, 560, 1)
+    assert batch["prompt"].shape == (4, 96) and batch["token"].shape == (7, 32)
+    together, m = gradient(policy, samples)
+    alone, scale = sum(gradient(policy, [s])[0] for s in samples), abs(together).max()
+    np.testing.assert_allclose(together, alone, atol=1e-5 * scale)
+    for remat in ("", "layer"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(espl, "cheapest_remat", lambda *_: remat)
+            np.testing.assert_allclose(gradient(policy, samples)[0], together, atol=1e-5 * scale)
+    assert espl.cheapest_remat(policy.cfg, policy.mesh, 10**4) == "linear"
+    assert espl.cheapest_remat(policy.cfg, policy.mesh, 10**10) == "layer"
+
+
+@pytest.mark.parametrize("prompt_length, lengths, share", [(300, [40] * 20, True), (2, [10, 60, 200, 500] * 5, False)])
+def test_microbatches_take_the_order_with_less_padding(prompt_length, lengths, share, budget=2400):
+    rng, prompts = np.random.default_rng(0), random_prompts(*[prompt_length] * 5)
+    samples = [espl.Sample(prompts[i // 4], rng.integers(0, V, n).tolist(), rng.normal(size=n).tolist(), float(i))
+               for i, n in enumerate(lengths)]
+    batches, found = list(espl.microbatches(samples, budget, 2)), {}
+    for b in batches:
+        assert b["token"].size + b["prompt"].size <= budget * 1.3 and not len(b["token"]) % 2 and not len(b["prompt"]) % 2
+        for row in np.flatnonzero(b["mask"].any(1)):
+            n, p, s = b["mask"][row].sum(), b["owner"][row], samples[int(b["advantage"][row])]
+            known = b["prompt_position"][p] < espl.PAD_POSITION
+            assert b["prompt"][p][known].tolist() + [b["token"][row, 0]] == s.prompt
+            assert b["target"][row, :n].tolist() == s.tokens and b["token"][row, 1: n].tolist() == s.tokens[:-1]
+            np.testing.assert_allclose(b["behaviour"][row, :n], s.logprobs, rtol=1e-6)
+            assert (b["position"][row, :n] == prompt_length - 1 + np.arange(n)).all() and b["mask"][row, :n].all()
+            found[int(b["advantage"][row])] = True
+    assert len(found) == len(samples) and len({str([x.shape for x in b.values()]) for b in batches}) <= 4
+    assert (batches[0]["prompt"].shape[0] < batches[0]["token"].shape[0] / 2) == share
+
+
+@pytest.mark.parametrize("rows, columns", [(3, 5), (5, 3), (4, 4)])
+def test_gradient_of_matmul(rows, columns):
+    rng = np.random.default_rng(0)
+    x, w, g = (jnp.array(rng.normal(size=shape)) for shape in ((2, 7, rows), (rows, columns), (2, 7, columns)))
+    y, pull = jax.vjp(espl.matmul, x, w)
+    expected, reference_pull = jax.vjp(jnp.matmul, x, w)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    for ours, theirs in zip(pull(g), reference_pull(g)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 @pytest.mark.parametrize("lora_rank, shape", [(0, (4, 2)), (0, (8, 1)), (4, (4, 2))])
 def test_eight_devices_compute_what_one_does(lora_rank, shape):
     one = tiny_policy(lora_rank, noise=0.02)
@@ -809,11 +862,12 @@ def test_logits_of_a_whole_batch_never_exist(data, B=64, T=512, vocab=2**15):
     with jax.set_mesh(mesh):
         policy = tiny_policy(4, mesh=mesh, vocab_size=vocab, num_heads=1, num_kv_heads=1)
         theta, frozen = jax.eval_shape(lambda: (policy.theta, policy.frozen))
-        kinds = {"token": int, "target": int, "position": int, "mask": bool, "behaviour": np.float32}
-        batch = {n: jax.ShapeDtypeStruct((B, T), t, sharding=rows) for n, t in kinds.items()}
-        batch["advantage"] = jax.ShapeDtypeStruct((B,), np.float32, sharding=rows)
-        lowered = espl.add_gradient.lower(theta, theta, theta, policy.graphdef, frozen, batch, 1, espl.Objective())
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < B * T * vocab * 4 / 8 / data
+        samples = [espl.Sample([1, 2], [3] * T, [0.0] * T, 1.0)] * B
+        [batch] = espl.microbatches(samples, B * T + B / 2, data)  # of 64 rows
+        batch = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for n, x in batch.items()}
+        assert batch["token"].shape == (B, T)
+        lowered = espl.add_gradient.lower(theta, theta, theta, policy.graphdef, frozen, batch, 1, espl.Objective(), "layer")
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < B * T * vocab * 4 / 6 / data
 
 
 SEED_PROMPTS = Path(espl.__file__).parent / "prompts_seed.txt"
