@@ -1024,7 +1024,8 @@ def attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, key_position_BS, window
     distance_BTS = query_position_BT[:, :, None] - key_position_BS[:, None, :]
     visible = (distance_BTS >= 0) & (distance_BTS < window)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH).reshape(B, T, N, H)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)  # in this order: XLA on CPUs is slow in others
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 class Block(nnx.Module):
@@ -1080,17 +1081,18 @@ class Transformer(nnx.Module):
         stack = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r), in_axes=0, out_axes=0))
         self.layers = stack(rngs)
 
-    def blocks(self) -> list[Block]:
-        """The layers one by one, for a call with a cache."""
-        graphdef, weights = nnx.split(self.layers)
-        return [nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights)) for i in range(self.cfg.num_layers)]
+    def unstacked(self) -> list:
+        """The weights of each layer, for calls with a cache."""
+        weights = nnx.split(self.layers)[1]
+        return [jax.tree.map(lambda w: w[i], weights) for i in range(self.cfg.num_layers)]
 
-    def __call__(self, token_BT, position_BT, prefix=None, cache=None, blocks=None, remat=""):
+    def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, remat=""):
         """Final hidden states [B, T, D], and these tokens' keys and values.
 
         Padding, left or right, is any token at PAD_POSITION. Queries see the given tokens and either of
           prefix: (what an earlier call on P prompts returned, their positions [P, S], the prompt of each row [B]);
-          cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned.
+          cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned;
+          layers may hold what `unstacked` returns.
         Without a cache the keys and values are returned stacked, each [L, B, K, T, H]. remat: what the backward pass
         computes again, "" nothing, "layer" all of a layer, "linear" all but the outputs of its linear maps.
         """
@@ -1101,13 +1103,14 @@ class Transformer(nnx.Module):
         x_BTD = constrain(x_BTD, "data", None, None)
         angle = position_BT[None, :, :, None] * jnp.array(cfg.rope_frequencies, jnp.float32)[:, None, None, :]
         cos, sin = jnp.cos(angle).astype(cfg.dtype), jnp.sin(angle).astype(cfg.dtype)  # [kinds, B, T, H/2]
+        graphdef, weights = nnx.split(self.layers)
         if cache is not None:  # a loop: in a scan every step would copy each layer's weights and cache
             new = []
-            for block, rope, window, old in zip(blocks or self.blocks(), cfg.layer_rope, cfg.layer_window, cache):
+            for weights, rope, window, old in zip(layers or self.unstacked(), cfg.layer_rope, cfg.layer_window, cache):
+                block = nnx.merge(graphdef, weights)
                 x_BTD, layer_cache = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old)
                 new.append(layer_cache)
             return self.final_norm(x_BTD), new
-        graphdef, weights = nnx.split(self.layers)
         keys_values, prefix_position, owner_B = prefix or (None, None, None)
 
         def layer(x_BTD, xs):  # a scan: compile time does not grow with L
@@ -1314,15 +1317,27 @@ def nucleus(logits_SV, top_p):
 
 
 def sample_token(key_S, logits_SV, temperature: float, top_p: float):
-    """One token for each row and its log-probability, both [S], from the tempered (and cut) distribution."""
-    if temperature == 0:
-        token = jnp.argmax(logits_SV, -1)
-        logp = jax.nn.log_softmax(logits_SV)
-    else:  # the policy IS the tempered distribution: the trainer divides by the same temperature
+    """One token for each row and its log-probability, both [S], from the tempered (and cut) distribution.
+
+    First a block of up to 256 neighbouring tokens is drawn by its probability, then one of them: the same distribution
+    with V / 256 + 256 random numbers (Gumbel-max) instead of V.
+    """
+    if temperature:  # the policy IS the tempered distribution: the trainer divides by the same temperature
         logits_SV = logits_SV / temperature
-        logp = jax.nn.log_softmax(nucleus(logits_SV, top_p) if top_p < 1 else logits_SV)
-        token = jax.vmap(jax.random.categorical)(key_S, logp)
-    return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], -1)[:, 0]
+    if temperature and top_p < 1:
+        logits_SV = nucleus(logits_SV, top_p)
+    (S, V), width = logits_SV.shape, math.gcd(logits_SV.shape[1], 256)
+    blocks = logits_SV.reshape(S, V // width, width)
+    mass = jax.nn.logsumexp(blocks, -1)
+    if temperature:
+        keys, draw = jax.vmap(jax.random.split)(key_S), jax.vmap(jax.random.categorical)
+        block_S = draw(keys[:, 0], mass)
+        within_S = draw(keys[:, 1], jnp.take_along_axis(blocks, block_S[:, None, None], 1)[:, 0])
+        token_S = block_S * width + within_S
+    else:
+        token_S = jnp.argmax(logits_SV, -1)
+    logit_S = jnp.take_along_axis(logits_SV, token_S[:, None], -1)[:, 0]
+    return token_S.astype(jnp.int32), logit_S - jax.nn.logsumexp(mass, -1)
 
 
 def new_cache(cfg: ModelConfig, rows: int, length: int):
@@ -1351,8 +1366,14 @@ def resize(cache, rows, length):
     return jax.tree.map(lambda x: jnp.pad(x[rows], ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
 
 
+@partial(jax.jit, static_argnames="graphdef")
+def unstack(graphdef, theta, frozen):
+    """Each layer's weights on their own: cut out of the stack once, not in every decode step."""
+    return nnx.merge(graphdef, theta, frozen).unstacked()
+
+
 @partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="cache")
-def decode_chunk(graphdef, theta, frozen, cache, token_S, position_S, remaining_S, key_S, eos_E, temperature, top_p):
+def decode_chunk(graphdef, theta, frozen, layers, cache, token_S, position_S, remaining_S, key_S, eos_E, temperature, top_p):
     """Up to DECODE_CHUNK steps for all slots; stops early when no row has tokens left.
 
     token_S, position_S: the next token to feed and its position; remaining_S: how many the row may still sample.
@@ -1360,12 +1381,11 @@ def decode_chunk(graphdef, theta, frozen, cache, token_S, position_S, remaining_
     log-probabilities).
     """
     model = nnx.merge(graphdef, theta, frozen)
-    blocks = model.blocks()  # cut out of the stacked weights once a chunk, not in every step
 
     def step(carry):
         i, cache, token, position, remaining, tokens, logprobs = carry
         live = remaining > 0
-        hidden, cache = model(token[:, None], jnp.where(live, position, PAD_POSITION)[:, None], None, cache, blocks)
+        hidden, cache = model(token[:, None], jnp.where(live, position, PAD_POSITION)[:, None], None, cache, layers)
         # A rollout's own key, folded with the position: its tokens do not depend on its slot or its neighbours.
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_S, impl="threefry2x32"), position)
         token, logprob = sample_token(keys, model.logits(hidden[:, 0]), temperature, top_p)
@@ -1412,6 +1432,7 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
     key_S, owner, prefilled, admitted = np.zeros((S, 2), np.uint32), [None] * S, None, 0
     length = bucket(max(len(prompts[g]) for g, _ in queue) + DECODE_CHUNK)
     cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(cfg, S, length)
+    layers = unstack(policy.graphdef, theta, policy.frozen)
     bar = progress(total=len(queue), desc=label)
     while admitted < len(queue) or any(owner):
         for s in [s for s in range(S) if owner[s] is None][: len(queue) - admitted]:
@@ -1434,8 +1455,8 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
             S, length, order = fewer, max(length, bucket(need)), order[:fewer]
             cache, owner = resize(cache, np.array(order), length), [owner[s] for s in order]
             token, position, remaining, key_S = (x[order] for x in (token, position, remaining, key_S))
-        cache, *state = decode_chunk(policy.graphdef, theta, policy.frozen, cache, token, position, remaining, key_S,
-                                     np.array(engine.eos_ids), sampling.temperature, sampling.top_p)
+        cache, *state = decode_chunk(policy.graphdef, theta, policy.frozen, layers, cache, token, position, remaining,
+                                     key_S, np.array(engine.eos_ids), sampling.temperature, sampling.top_p)
         token, position, remaining, tokens, logprobs = (np.array(x) for x in state)
         for s in [s for s in range(S) if owner[s]]:
             r, n = responses[owner[s][0]][owner[s][1]], int((tokens[:, s] >= 0).sum())
@@ -1484,7 +1505,7 @@ def cache_tokens(policy: Policy) -> int:
     if "bytes_limit" not in stats:  # not known on CPU
         return 2**40
     adam = 2 * sum(w.nbytes for w in jax.tree.leaves(policy.theta)) / len(jax.devices())  # does not exist yet,
-    layers = sum(w.nbytes for w in jax.tree.leaves((policy.frozen, policy.theta))) / mesh["model"]  # nor do `blocks`
+    layers = sum(w.nbytes for w in jax.tree.leaves((policy.frozen, policy.theta))) / mesh["model"]  # nor does `unstack`
     shards = mesh["data"] * (mesh["model"] if cfg.num_kv_heads % mesh["model"] == 0 else 1)
     token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
     return int(0.35 * (stats["bytes_limit"] - stats["bytes_in_use"] - adam - layers) * shards / token)
@@ -1570,7 +1591,7 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
         chosen = jnp.take_along_axis(logp, target[:, None], -1)[:, 0]
         if not model.cfg.lora_rank:
             return chosen, entropy
-        # The table is frozen, so d log pi / d hidden is all that the backward pass needs: found here, nothing is redone.
+        # The table is frozen: d log pi / d hidden is all that the backward pass needs. Found here, nothing is redone.
         [slope] = pull(jax.nn.one_hot(target, logits.shape[-1]) - jnp.exp(logp))
         chosen, slope = jax.lax.stop_gradient((chosen, slope.astype(jnp.float32)))
         moved = hidden.astype(jnp.float32) - jax.lax.stop_gradient(hidden).astype(jnp.float32)  # 0, with a gradient

@@ -522,7 +522,7 @@ def test_the_context_limits_a_response(policy):
 
 def test_the_cache_stays_within_its_tokens(policy, monkeypatch):
     shapes, decode = [], espl.decode_chunk
-    monkeypatch.setattr(espl, "decode_chunk", lambda *a: shapes.append(a[3][0][0].shape[:3:2]) or decode(*a))
+    monkeypatch.setattr(espl, "decode_chunk", lambda *a: shapes.append(a[4][0][0].shape[:3:2]) or decode(*a))
     generate(policy, RAGGED, [3] * 6, DRAWN, cache_tokens=600)
     assert max(rows for rows, _ in shapes) > 1 and max(rows * length for rows, length in shapes) <= 600
 
@@ -531,7 +531,7 @@ def test_the_rows_that_are_left_give_up_idle_slots(policy, monkeypatch):
     prompts = random_prompts(*[CONTEXT - 5] * 15, 3)  # fifteen short responses and a long one
     sampling = espl.SamplingParams(0.8, 1.0, CONTEXT)
     alone, rows, decode = generate(policy, prompts, [1] * 16, sampling, slots=1), [], espl.decode_chunk
-    monkeypatch.setattr(espl, "decode_chunk", lambda *a: rows.append(len(a[4])) or decode(*a))
+    monkeypatch.setattr(espl, "decode_chunk", lambda *a: rows.append(len(a[5])) or decode(*a))
     together = generate(policy, prompts, [1] * 16, sampling, slots=16)
     assert rows[0] == 16 and set(rows[1:]) == {1}
     assert [g[0].tokens for g in together] == [g[0].tokens for g in alone]
@@ -748,7 +748,8 @@ def test_microbatches_take_the_order_with_less_padding(prompt_length, lengths, s
                for i, n in enumerate(lengths)]
     batches, found = list(espl.microbatches(samples, budget, 2)), {}
     for b in batches:
-        assert b["token"].size + b["prompt"].size <= budget * 1.3 and not len(b["token"]) % 2 and not len(b["prompt"]) % 2
+        assert b["token"].size + b["prompt"].size <= budget * 1.3
+        assert len(b["token"]) % 2 == len(b["prompt"]) % 2 == 0
         for row in np.flatnonzero(b["mask"].any(1)):
             n, p, s = b["mask"][row].sum(), b["owner"][row], samples[int(b["advantage"][row])]
             known = b["prompt_position"][p] < espl.PAD_POSITION
@@ -866,7 +867,8 @@ def test_logits_of_a_whole_batch_never_exist(data, B=64, T=512, vocab=2**15):
         [batch] = espl.microbatches(samples, B * T + B / 2, data)  # of 64 rows
         batch = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for n, x in batch.items()}
         assert batch["token"].shape == (B, T)
-        lowered = espl.add_gradient.lower(theta, theta, theta, policy.graphdef, frozen, batch, 1, espl.Objective(), "layer")
+        lowered = espl.add_gradient.lower(theta, theta, theta, policy.graphdef, frozen, batch, 1, espl.Objective(),
+                                          "layer")
     assert lowered.compile().memory_analysis().temp_size_in_bytes < B * T * vocab * 4 / 6 / data
 
 
