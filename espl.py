@@ -52,6 +52,7 @@ import time
 import traceback
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -966,6 +967,8 @@ matmul.defvjp(lambda x, w: (x @ w, (x, w)), matmul_backward)
 class Linear(nnx.Module):
     """y = x W + b + (alpha / R) (x A) B; A, B is the LoRA adapter, present when lora_rank > 0, and B starts at zero."""
 
+    lora_a = lora_b = None
+
     def __init__(self, cfg: ModelConfig, name: str, d_in: int, d_out: int, rngs: nnx.Rngs):
         # Trained weights are kept in float32 (Adam's steps of 4e-5 vanish in bf16); frozen ones in cfg.dtype.
         dtype = jnp.dtype(cfg.dtype) if cfg.lora_rank else jnp.float32
@@ -981,10 +984,17 @@ class Linear(nnx.Module):
         y = matmul(x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        if self.cfg.lora_rank:
+        if self.lora_a is not None:
             scale = self.cfg.lora_alpha / self.cfg.lora_rank
             y = y + matmul(matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype)) * scale
         return checkpoint_name(y, "linear")
+
+    def merge(self):
+        """Add the adapter into the kernel."""
+        if self.lora_a is not None:
+            scale = self.cfg.lora_alpha / self.cfg.lora_rank
+            self.kernel[...] += self.lora_a[...] @ self.lora_b[...] * scale
+            del self.lora_a, self.lora_b
 
 
 class RMSNorm(nnx.Module):
@@ -1081,10 +1091,14 @@ class Transformer(nnx.Module):
         stack = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r), in_axes=0, out_axes=0))
         self.layers = stack(rngs)
 
-    def unstacked(self) -> list:
-        """The weights of each layer, for calls with a cache."""
-        weights = nnx.split(self.layers)[1]
-        return [jax.tree.map(lambda w: w[i], weights) for i in range(self.cfg.num_layers)]
+    def unstacked(self) -> list[Block]:
+        """The layers one by one, for calls with a cache; in float32 with the adapter added into the weights."""
+        graphdef, weights = nnx.split(self.layers)
+        blocks = [nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights)) for i in range(self.cfg.num_layers)]
+        for linear in (x for block in blocks for x in vars(block).values() if isinstance(x, Linear)):
+            if self.cfg.dtype == "float32":  # bfloat16 would round a small adapter away
+                linear.merge()
+        return blocks
 
     def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, remat=""):
         """Final hidden states [B, T, D], and these tokens' keys and values.
@@ -1103,14 +1117,13 @@ class Transformer(nnx.Module):
         x_BTD = constrain(x_BTD, "data", None, None)
         angle = position_BT[None, :, :, None] * jnp.array(cfg.rope_frequencies, jnp.float32)[:, None, None, :]
         cos, sin = jnp.cos(angle).astype(cfg.dtype), jnp.sin(angle).astype(cfg.dtype)  # [kinds, B, T, H/2]
-        graphdef, weights = nnx.split(self.layers)
         if cache is not None:  # a loop: in a scan every step would copy each layer's weights and cache
             new = []
-            for weights, rope, window, old in zip(layers or self.unstacked(), cfg.layer_rope, cfg.layer_window, cache):
-                block = nnx.merge(graphdef, weights)
+            for block, rope, window, old in zip(layers or self.unstacked(), cfg.layer_rope, cfg.layer_window, cache):
                 x_BTD, layer_cache = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old)
                 new.append(layer_cache)
             return self.final_norm(x_BTD), new
+        graphdef, weights = nnx.split(self.layers)
         keys_values, prefix_position, owner_B = prefix or (None, None, None)
 
         def layer(x_BTD, xs):  # a scan: compile time does not grow with L
@@ -1239,7 +1252,7 @@ def make_policy(model: Transformer, mesh) -> Policy:
     """Split a model into trainable and frozen weights."""
     trainable = nnx.LoRAParam if model.cfg.lora_rank else nnx.Param
     graphdef, theta, frozen = nnx.split(model, trainable, ...)
-    return Policy(model.cfg, graphdef, frozen, theta, jax.tree.map(jnp.copy, theta), mesh)
+    return Policy(model.cfg, graphdef, frozen, theta, jax.jit(partial(jax.tree.map, jnp.copy))(theta), mesh)
 
 
 def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy:
@@ -1293,10 +1306,15 @@ class Response:
     stop: str              # "eos", or "length": cut by max_new_tokens or by the context
 
 
-def bucket(n: int, least: int = 32) -> int:
-    """The next of 32, 48, 64, 96, 128, … : few distinct shapes, so few compilations, and at most a third is padding."""
-    size = max(least, 1 << (int(n) - 1).bit_length())
-    return size * 3 // 4 if size > least and n <= size * 3 // 4 else size
+def bucket(n: int, least: int = 128) -> int:
+    """The power of two from `least` on that holds n: few distinct shapes, so few compilations."""
+    return max(least, 1 << (int(n) - 1).bit_length())
+
+
+def row_count(needed: int, most: int, multiple: int) -> int:
+    """Rows of a cache for `needed` rollouts: 1, 8, 16, 32, …, at most `most`, divisible among the devices."""
+    rows = min(most, 1 if needed == 1 else bucket(needed, 8))
+    return -(-rows // multiple) * multiple
 
 
 def nucleus(logits_SV, top_p):
@@ -1316,26 +1334,24 @@ def nucleus(logits_SV, top_p):
     return jnp.where(bits >= threshold[:, None], logits_SV, -jnp.inf)
 
 
-def sample_token(key_S, logits_SV, temperature: float, top_p: float):
-    """One token for each row and its log-probability, both [S], from the tempered (and cut) distribution.
+def sample_token(key_S, logits_SV, temperature, top_p: float):
+    """One token for each row and its log-probability, both [S], from the tempered (and cut) distribution; the most
+    probable token if the temperature is 0.
 
     First a block of up to 256 neighbouring tokens is drawn by its probability, then one of them: the same distribution
     with V / 256 + 256 random numbers (Gumbel-max) instead of V.
     """
-    if temperature:  # the policy IS the tempered distribution: the trainer divides by the same temperature
-        logits_SV = logits_SV / temperature
-    if temperature and top_p < 1:
-        logits_SV = nucleus(logits_SV, top_p)
+    draws = temperature > 0
+    logits_SV = logits_SV / jnp.where(draws, temperature, 1.0)  # the policy IS the tempered distribution
+    if top_p < 1:
+        logits_SV = nucleus(logits_SV, jnp.where(draws, top_p, 1.0))
     (S, V), width = logits_SV.shape, math.gcd(logits_SV.shape[1], 256)
     blocks = logits_SV.reshape(S, V // width, width)
     mass = jax.nn.logsumexp(blocks, -1)
-    if temperature:
-        keys, draw = jax.vmap(jax.random.split)(key_S), jax.vmap(jax.random.categorical)
-        block_S = draw(keys[:, 0], mass)
-        within_S = draw(keys[:, 1], jnp.take_along_axis(blocks, block_S[:, None, None], 1)[:, 0])
-        token_S = block_S * width + within_S
-    else:
-        token_S = jnp.argmax(logits_SV, -1)
+    keys, draw = jax.vmap(jax.random.split)(key_S), jax.vmap(jax.random.categorical)
+    block_S = draw(keys[:, 0], mass)
+    within_S = draw(keys[:, 1], jnp.take_along_axis(blocks, block_S[:, None, None], 1)[:, 0])
+    token_S = jnp.where(draws, block_S * width + within_S, jnp.argmax(logits_SV, -1))
     logit_S = jnp.take_along_axis(logits_SV, token_S[:, None], -1)[:, 0]
     return token_S.astype(jnp.int32), logit_S - jax.nn.logsumexp(mass, -1)
 
@@ -1360,7 +1376,7 @@ def admit(cache, prefix, slot):
             for i, layer in enumerate(cache)]
 
 
-@partial(jax.jit, static_argnames="length")
+@partial(jax.jit, static_argnames="length")  # not donated: no buffer has the new shape
 def resize(cache, rows, length):
     """The cache with only these rows, and room for `length` tokens in each."""
     return jax.tree.map(lambda x: jnp.pad(x[rows], ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
@@ -1368,12 +1384,13 @@ def resize(cache, rows, length):
 
 @partial(jax.jit, static_argnames="graphdef")
 def unstack(graphdef, theta, frozen):
-    """Each layer's weights on their own: cut out of the stack once, not in every decode step."""
+    """The layers one by one, cut out of the stack once and not in every decode step."""
     return nnx.merge(graphdef, theta, frozen).unstacked()
 
 
-@partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="cache")
-def decode_chunk(graphdef, theta, frozen, layers, cache, token_S, position_S, remaining_S, key_S, eos_E, temperature, top_p):
+@partial(jax.jit, static_argnames=("graphdef", "top_p"), donate_argnames="cache")
+def decode_chunk(graphdef, theta, frozen, layers, cache, token_S, position_S, remaining_S, key_S, eos_E, temperature,
+                 top_p):
     """Up to DECODE_CHUNK steps for all slots; stops early when no row has tokens left.
 
     token_S, position_S: the next token to feed and its position; remaining_S: how many the row may still sample.
@@ -1410,8 +1427,8 @@ class Engine:
 
 
 def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int], sampling: SamplingParams,
-             seed: tuple[int, int], label: str = "sampling") -> list[list[Response]]:
-    """counts[g] responses to each tokenised prompt, from pi_theta.
+             seed: tuple[int, int], label: str = "sampling", done=lambda g, responses: None) -> list[list[Response]]:
+    """counts[g] responses to each tokenised prompt, from pi_theta. done(g, responses) is called when all of g ended.
 
     A response depends on the weights, `seed`, its prompt, g and its number alone, not on slots or company. A prompt
     that leaves no room in the context gets empty responses with stop "length".
@@ -1422,12 +1439,15 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
     room = [max(0, min(sampling.max_new_tokens, engine.context - len(p))) for p in prompts]
     responses = [[Response([], [], "length") for _ in range(n)] for n in counts]
     queue = [(g, j) for g, n in enumerate(counts) for j in range(n) if room[g]]
+    unfinished = Counter(g for g, _ in queue)
+    for g in set(range(len(counts))) - unfinished.keys():
+        done(g, responses[g])
     if not queue:
         return responses
     keys = [np.random.SeedSequence([*seed, g, j]).generate_state(2) for g, j in queue]  # uint32[2]: a threefry key
     data = policy.mesh.shape["data"]
     longest = bucket(max(len(prompts[g]) + room[g] for g, _ in queue) + DECODE_CHUNK)
-    S = -(-min(engine.slots, bucket(len(queue), 1), max(1, engine.cache_tokens // longest)) // data) * data
+    S = row_count(len(queue), min(engine.slots, max(1, engine.cache_tokens // longest)), data)
     token, position, remaining = np.zeros((3, S), np.int32)
     key_S, owner, prefilled, admitted = np.zeros((S, 2), np.uint32), [None] * S, None, 0
     length = bucket(max(len(prompts[g]) for g, _ in queue) + DECODE_CHUNK)
@@ -1448,8 +1468,8 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
             admitted += 1
         order = sorted(range(S), key=lambda s: owner[s] is None)  # live rows first
         live, fewer = S - owner.count(None), S
-        while admitted == len(queue) and fewer % (4 * data) == 0 and fewer // 4 >= live:
-            fewer //= 4  # nobody waits: a step costs less with fewer slots
+        if admitted == len(queue) and row_count(live, S, data) <= S // 4:  # nobody waits: fewer slots, faster steps
+            fewer = row_count(live, S, data)
         need = max(position[s] for s in order[:live]) + DECODE_CHUNK
         if fewer < S or need > length:
             S, length, order = fewer, max(length, bucket(need)), order[:fewer]
@@ -1464,6 +1484,9 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
             r.logprobs += logprobs[:n, s].tolist()
             if remaining[s] == 0:
                 r.stop = "eos" if r.tokens[-1] in engine.eos_ids else "length"
+                unfinished[owner[s][0]] -= 1
+                if not unfinished[owner[s][0]]:
+                    done(owner[s][0], responses[owner[s][0]])
                 owner[s] = None
                 bar.update()
     bar.close()
@@ -1631,6 +1654,9 @@ def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, ob
     return loss, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
 
 
+zeros_like = jax.jit(partial(jax.tree.map, jnp.zeros_like))  # one compilation, not one for each shape
+
+
 @partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
 def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
     """Add a microbatch's gradient of -J to `gradient`; also its metrics."""
@@ -1654,11 +1680,11 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
     numbers = {}  # of the prompts, that with the longest response first
     order = sorted(samples, key=lambda s: -len(s.tokens))
     order = [(numbers.setdefault(tuple(s.prompt), len(numbers)), s) for s in order]
-    S = bucket(max(map(len, numbers)) - 1)
+    S = bucket(max(map(len, numbers)) - 1, 64)
 
     def plan(order, share):  # batches as (samples, rows, row length, prompts), with `share` rows to a prompt
         while order:
-            T = bucket(max(len(s.tokens) for _, s in order))
+            T = bucket(max(len(s.tokens) for _, s in order), 32)
             rows = max(1, int(max_tokens / (T + S / share)))
             while rows * T > 2048 and len(order) <= 0.75 * rows:  # the last ones, in pieces of a quarter
                 rows = -(-rows // 4)
@@ -1708,7 +1734,7 @@ def rl_update(policy: Policy, optimizer, opt_state, samples: list[Sample], num_r
     samples = [s for s in samples if s.tokens]
     if not samples:
         return opt_state, {"skipped": "no rollout with a learning signal"}
-    gradient, sums = jax.tree.map(jnp.zeros_like, policy.theta), []
+    gradient, sums = zeros_like(policy.theta), []
     batches = list(microbatches(samples, max_tokens, policy.mesh.shape["data"]))
     remat = cheapest_remat(policy.cfg, policy.mesh, max_tokens)
     for batch in progress(batches, desc="updating"):
@@ -2113,32 +2139,46 @@ def timed(run: Run, phase: str):
 def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], split: str, iteration: int) -> list[Group]:
     """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl.
 
-    split: train, val, test, or test_greedy, which is decoded greedily.
+    split: train, val, test, or test_greedy, which is decoded greedily. Groups are graded while others are sampled.
     """
     c, phases = run.config, ("sample", "grade") if split == "train" else ("evaluate", "evaluate")
     temperature = 0.0 if split == "test_greedy" else c.temperature
     systems = {s.id: system_text(run.task, s.principles) for s, _, _ in pairs}
     prompts = [run.chat.ids(systems[s.id], x.question) for s, x, _ in pairs]
-    with timed(run, phases[0]):
-        responses = generate(run.engine, run.policy.theta, prompts, [n for _, _, n in pairs],
-                             SamplingParams(temperature, c.top_p, c.max_new_tokens),
-                             run.seed(f"{split}/{iteration}"), f"sampling {split}")
-    texts = [[run.chat.text(r.tokens, ids) for r in group] for ids, group in zip(prompts, responses)]
-    answers = [(x, t) for (_, x, _), group in zip(pairs, texts) for t in group]
-    with timed(run, phases[1]):
+    texts, grades, waiting, jobs = {}, {}, [], []
+
+    def grade(ended: list[int]):
+        answers = [(pairs[g][1], t) for g in ended for t in texts[g]]
         try:
-            grades = iter(run.task.grade(answers))
+            graded = iter(run.task.grade(answers))
         except Exception as e:  # a failure of the grader never ends a run
             warn(f"grading failed, counted as reward 0: {first_line(e)}")
-            grades = iter([(0.0, "error")] * len(answers))
+            graded = iter([(0.0, "error")] * len(answers))
+        grades.update({g: [next(graded) for _ in texts[g]] for g in ended})
+
+    def done(g: int, responses: list[Response]):
+        texts[g] = [run.chat.text(r.tokens, prompts[g]) for r in responses]
+        waiting.append(g)
+        if not jobs or jobs[-1].done():  # else it goes with the next ones: a call of the grader may start a process
+            jobs.append(pool.submit(grade, waiting.copy()))
+            waiting.clear()
+
+    with ThreadPoolExecutor(1) as pool:
+        with timed(run, phases[0]):
+            responses = generate(run.engine, run.policy.theta, prompts, [n for _, _, n in pairs],
+                                 SamplingParams(temperature, c.top_p, c.max_new_tokens),
+                                 run.seed(f"{split}/{iteration}"), f"sampling {split}", done)
+        with timed(run, phases[1]):
+            for job in [*jobs, pool.submit(grade, waiting)]:
+                job.result()
     groups = []
-    for (s, x, _), ids, group, text in zip(pairs, prompts, responses, texts):
-        graded = [next(grades) for _ in group]
-        groups.append(Group(x, text, [r for r, _ in graded], [o for _, o in graded], ids, group))
+    for g, (s, x, _) in enumerate(pairs):
+        rewards, outcomes = ([grade[i] for grade in grades[g]] for i in (0, 1))
+        groups.append(Group(x, texts[g], rewards, outcomes, prompts[g], responses[g]))
         run.append("rollouts.jsonl", [
             dict(iteration=iteration, split=split, prompt=s.id, problem=x.id, reward=r, outcome=o, stop=y.stop,
-                 tokens=len(y.tokens), response=t) for y, t, (r, o) in zip(group, text, graded)])
-        run.shown = f"[{x.id}, prompt {s.id}, reward {graded[0][0]:g} ({graded[0][1]})]\n{text[0]}"
+                 tokens=len(y.tokens), response=t) for y, t, r, o in zip(responses[g], texts[g], rewards, outcomes)])
+        run.shown = f"[{x.id}, prompt {s.id}, reward {rewards[0]:g} ({outcomes[0]})]\n{texts[g][0]}"
     return groups
 
 
@@ -2466,7 +2506,8 @@ def start_run(config: Config) -> Run:
     except OSError as e:
         raise UserError(f"cannot write --run-dir {directory}: {first_line(e)}") from e
     population = Population([SystemPrompt(0, task.root)], config.max_pool_size)
-    return Run(config, task, chat, engine, population, optimizer, optimizer.init(engine.policy.theta), directory)
+    opt_state = jax.jit(optimizer.init)(engine.policy.theta)
+    return Run(config, task, chat, engine, population, optimizer, opt_state, directory)
 
 
 def train(run: Run) -> None:
@@ -2496,7 +2537,9 @@ def train(run: Run) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
-    run = None
+    run, built = None, []  # seconds of every program that XLA compiled, or that was read from --compile-cache
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: built.append(seconds) if name.endswith("backend_compile_duration") else None)
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         if config.compile_cache:
@@ -2515,7 +2558,7 @@ def main(argv: list[str] | None = None) -> int:
         again = f"; continue with: python espl.py --resume {run.directory}" if run else ""
         print(f"\nespl: interrupted{again}", file=sys.stderr)
         return 130
-    print(closing_report(run))
+    print(f"{closing_report(run)}\n\n{len(built)} programs compiled in {sum(built):.1f} s")
     return 0
 
 

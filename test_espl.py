@@ -487,7 +487,7 @@ def test_logprobs_are_those_of_the_distribution_drawn_from(policy, temperature, 
         expected = response_logprobs(policy, s.prompt, s.tokens, temperature, top_p)
         np.testing.assert_allclose(s.logprobs, expected, atol=1e-4)
     if top_p == 1:  # the trainer's own, on the padded batch that rl_update would make
-        (batch,) = espl.microbatches(samples, 10**6, 1)
+        (batch,) = espl.microbatches(samples, 12 * 64 + 6 * 64, 1)
         model = nnx.merge(policy.graphdef, policy.theta, policy.frozen)
         _, keys_values = model(batch["prompt"], batch["prompt_position"])
         hidden, _ = model(batch["token"], batch["position"], (keys_values, batch["prompt_position"], batch["owner"]))
@@ -728,8 +728,8 @@ def test_a_prompt_is_computed_once_for_all_its_responses(lora_rank):
     prompts = random_prompts(70, 40, 1)
     samples = [dataclasses.replace(s, prompt=prompts[i % 3], logprobs=[-3.0] * len(s.tokens))
                for i, s in enumerate(off_policy_samples(policy, 1.0, shapes=[(1, n) for n in (9, 3, 12, 1, 7, 30, 8)]))]
-    [batch] = espl.microbatches(samples, 560, 1)
-    assert batch["prompt"].shape == (4, 96) and batch["token"].shape == (7, 32)
+    [batch] = espl.microbatches(samples, 672, 1)
+    assert batch["prompt"].shape == (4, 128) and batch["token"].shape == (7, 32)
     together, m = gradient(policy, samples)
     alone, scale = sum(gradient(policy, [s])[0] for s in samples), abs(together).max()
     np.testing.assert_allclose(together, alone, atol=1e-5 * scale)
@@ -864,7 +864,7 @@ def test_logits_of_a_whole_batch_never_exist(data, B=64, T=512, vocab=2**15):
         policy = tiny_policy(4, mesh=mesh, vocab_size=vocab, num_heads=1, num_kv_heads=1)
         theta, frozen = jax.eval_shape(lambda: (policy.theta, policy.frozen))
         samples = [espl.Sample([1, 2], [3] * T, [0.0] * T, 1.0)] * B
-        [batch] = espl.microbatches(samples, B * T + B / 2, data)  # of 64 rows
+        [batch] = espl.microbatches(samples, B * T + B, data)  # of 64 rows
         batch = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for n, x in batch.items()}
         assert batch["token"].shape == (B, T)
         lowered = espl.add_gradient.lower(theta, theta, theta, policy.graphdef, frozen, batch, 1, espl.Objective(),
@@ -1909,7 +1909,7 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     generate = espl.generate
 
     def reflecting_fails(*args):
-        return (fail if "reflecting" in args[-1] else generate)(*args)
+        return (fail if "reflecting" in args[6] else generate)(*args)
 
     patches = {"open": dict(open=full_disk), "grade_math": dict(grade_math=fail),
                "draw_curves": dict(draw_curves=fail, generate=reflecting_fails)}
@@ -1943,11 +1943,12 @@ def test_later_checkpoints_of_a_killed_run_are_replaced(run_of, tmp_path):
 
 def test_the_objective_is_a_mean_over_all_rollouts(world, tmp_path):
     given = []
-    run = play(flags(world, tmp_path, mode="espl", iterations=2),
+    run = play(flags(world, tmp_path, mode="espl", iterations=3),
                rl_update=lambda *args, update=espl.rl_update: given.append(args[3:5]) or update(*args))
     for iteration, (samples, number) in enumerate(given, 1):  # 1/(N M B), though groups without signal are left out
         rollouts = [(r["split"], r["iteration"]) for r in read_lines(run, "rollouts.jsonl")].count(("train", iteration))
-        assert number == rollouts == 60 and 0 < len(samples) < 60
+        assert number == rollouts == 60
+    assert any(0 < len(samples) < 60 for samples, _ in given)
 
 
 def test_a_gradient_that_is_not_finite_makes_no_step(world, tmp_path):

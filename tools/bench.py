@@ -1,0 +1,257 @@
+"""How fast sampling and updates are: tokens a second, and the share of what this machine could do at most.
+
+    python tools/bench.py m                                    # random weights in a named shape (--help lists them)
+    python tools/bench.py DIR --lora-rank 0 --vs hf            # a model directory; also transformers and torch on it
+    python tools/bench.py qwen3-4b --dtype bfloat16 --prompts 30 --prompt-tokens 1024 --new-tokens 4096
+    python tools/bench.py --phases runs/A runs/B               # seconds an iteration by phase, from metrics.jsonl
+
+The workload: --samples responses to each of --prompts random prompts of --prompt-tokens tokens, give or take a half.
+One token in 128 ends a response, so that lengths are geometric, at most --new-tokens; the update then trains on as many
+rollouts of --prompt-tokens and half of --new-tokens. Medians of --runs runs after one that compiles.
+
+Limits, measured in the same run: a multiplication of large square matrices; one of as many rows as are sampled at once
+with the layers' own matrices; and reading memory. A decode step takes at least the time to read all weights and the
+keys and values of the rows still alive, or to multiply these rows with all weights, whichever is longer. An update
+takes at least 4 (LoRA) or 6 (all weights) flops for each weight and token. Prompts count once for all their responses.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import espl  # noqa: E402
+
+LLAMA = dict(model_type="llama", tie_word_embeddings=True, rms_norm_eps=1e-5, max_position_embeddings=32768)
+SHAPES = {  # config.json of the models whose shape is taken
+    "m": LLAMA | dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12, num_key_value_heads=4, head_dim=64,
+                      intermediate_size=2048, vocab_size=32000),
+    "llama-3.2-1b": LLAMA | dict(num_hidden_layers=16, hidden_size=2048, num_attention_heads=32, num_key_value_heads=8,
+                                 head_dim=64, intermediate_size=8192, vocab_size=128256),
+    "qwen3-4b": LLAMA | dict(model_type="qwen3", num_hidden_layers=36, hidden_size=2560, num_attention_heads=32,
+                             num_key_value_heads=8, head_dim=128, intermediate_size=9728, vocab_size=151936),
+}
+
+
+def timed(f, runs: int) -> tuple[float, list]:
+    """Median seconds of f(), after one call that compiles, and what the calls returned."""
+    f()
+    seconds, results = [], []
+    for _ in range(runs):
+        start = time.perf_counter()
+        results.append(jax.block_until_ready(f()))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), results
+
+
+def limits(cfg, rows: int) -> tuple[float, float, float]:
+    """Measured flop/s of large matrices, flop/s of `rows` rows with a layer's matrices, and bytes/s of reading."""
+    cpu = jax.default_backend() == "cpu"
+    n = 2048 if cpu else 8192
+    square = jnp.ones((n, n), cfg.dtype)
+    large, _ = timed(jax.jit(lambda: square @ square), 9)
+    few = jnp.ones((rows, cfg.model_dim), cfg.dtype)
+    many = [jnp.ones((cfg.model_dim, cfg.mlp_dim), cfg.dtype) for _ in range(16)]
+    product = jax.jit(lambda x, many: [x @ w for w in many])
+    small, _ = timed(lambda: product(few, many), 9)
+    block = jnp.ones(2**27 if cpu else 2**30, jnp.float32)
+    reading, _ = timed(lambda: jax.jit(jnp.sum)(block), 9)
+    return 2 * n**3 / large, 2 * rows * many[0].size * 16 / small, block.nbytes / reading
+
+
+def load(args) -> tuple[espl.Engine, Path]:
+    """The model on all devices, ready to sample, and its directory (a temporary one for a named shape)."""
+    mesh = jax.make_mesh((len(jax.devices()), 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    jax.set_mesh(mesh)
+    directory = Path(args.model)
+    if args.model in SHAPES:
+        directory = Path(args.scratch)
+        (directory / "config.json").write_text(json.dumps(SHAPES[args.model] | {"dtype": args.dtype}))
+        if args.vs:
+            cfg = espl.read_model_config(str(directory), args.dtype)
+            espl.save_weights(directory, nnx.split(espl.Transformer(cfg, nnx.Rngs(0)), nnx.Param)[1], cfg)
+    cfg = espl.read_model_config(str(directory), args.dtype, args.lora_rank)
+    if args.vs or args.model not in SHAPES:
+        policy = espl.load_policy(str(directory), cfg, mesh)
+    else:
+        policy = espl.make_policy(espl.Transformer(cfg, nnx.Rngs(0)), mesh)
+    eos = tuple(range(4, 4 + cfg.vocab_size // 128))
+    slots = args.slots or (64 if jax.default_backend() == "cpu" else 512)
+    return espl.Engine(policy, eos, cfg.max_context, slots, espl.cache_tokens(policy)), directory
+
+
+def make_samples(args, vocabulary: int) -> list:
+    """Rollouts for the update: --prompts groups of --samples, with random tokens and advantages."""
+    rng, n = np.random.default_rng(1), args.new_tokens // 2
+    return [espl.Sample(prompt, rng.integers(4, vocabulary, n).tolist(), [-10.0] * n, float(rng.normal()))
+            for prompt in rng.integers(4, vocabulary, (args.prompts, args.prompt_tokens)).tolist()
+            for _ in range(args.samples)]
+
+
+def bench_espl(args, engine, prompts: list[list[int]]) -> dict[str, tuple[float, str, float | None]]:
+    """{name: (value, unit, share of the limit)}"""
+    policy, cfg, rows = engine.policy, engine.policy.cfg, args.prompts * args.samples
+    table = cfg.vocab_size * cfg.model_dim  # looking tokens up costs nothing, so an untied embedding does not count
+    weights = sum(w.size for w in jax.tree.leaves((policy.frozen, policy.theta))) - (0 if cfg.tied else table)
+    per_token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
+    large, small, bandwidth = limits(cfg, rows)
+    sampling = lambda n: espl.SamplingParams(1.0, 1.0, n)
+    sample = lambda n, seed=0: espl.generate(engine, policy.theta, prompts, [args.samples] * len(prompts), sampling(n),
+                                             (0, seed))
+    n = max(map(len, prompts))
+    ids = np.random.default_rng(2).integers(4, cfg.vocab_size, (1, espl.bucket(n))).astype(np.int32)
+    prefill, _ = timed(lambda: espl.prefill(policy.graphdef, policy.theta, policy.frozen, ids,
+                                            np.arange(ids.size, dtype=np.int32)[None]), args.runs)
+    first, _ = timed(lambda: sample(1), args.runs)
+    sample(args.new_tokens)
+    tokens, seconds, least = 0, 0.0, 0.0
+    for seed in range(args.runs):
+        start = time.perf_counter()
+        out = sample(args.new_tokens, seed)
+        seconds += time.perf_counter() - start
+        lengths = np.array([[len(p), len(r.tokens)] for p, group in zip(prompts, out) for r in group])
+        tokens += lengths[:, 1].sum()
+        for t in range(lengths[:, 1].max()):
+            live = lengths[lengths[:, 1] > t]
+            read = weights * jnp.dtype(cfg.dtype).itemsize + per_token * (live[:, 0] + t).sum()
+            least += max(read / bandwidth, 2 * weights * len(live) / small)
+    samples, optimizer = make_samples(args, cfg.vocab_size), optax.adam(4e-5, b1=0.9, b2=0.95, eps=1e-8)
+    state = [jax.jit(optimizer.init)(policy.theta)]
+
+    def update():
+        state[0], _ = espl.rl_update(policy, optimizer, state[0], samples, rows, espl.Objective(),
+                                     args.microbatch_tokens)
+
+    training, _ = timed(update, args.runs)
+    trained = rows * (args.new_tokens // 2)  # prompts need no logits
+    flops = (4 if cfg.lora_rank else 6) * (weights * trained + (weights - table) * args.prompts * args.prompt_tokens)
+    return {"large matrix multiplication": (large / 1e12, "Tflop/s", None),
+            f"matrix multiplication, {rows} rows": (small / 1e12, "Tflop/s", None),
+            "reading memory": (bandwidth / 1e9, "GB/s", None),
+            "prefill": (ids.size / prefill, "tokens/s", 2 * (weights - table) * ids.size / prefill / large),
+            "first token of all rollouts": (first, "s", None),
+            "rollouts": (tokens / seconds, "tokens/s", least / seconds),
+            "update": (rows / training, "sequences/s", flops / training / large),
+            "update, in tokens": (rows * (args.prompt_tokens + args.new_tokens // 2) / training, "tokens/s", None)}
+
+
+def bench_hf(args, directory: Path, prompts: list[list[int]]) -> dict[str, tuple[float, str, None]]:
+    """The same workload with transformers' generate and a plain torch policy-gradient step."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, args.dtype)).to(device).eval()
+    vocabulary = model.config.vocab_size
+    rows = [p for p in prompts for _ in range(args.samples)]
+    T = max(map(len, rows))
+    ids = torch.tensor([[0] * (T - len(p)) + p for p in rows], device=device)
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in rows], device=device)
+    eos = list(range(4, 4 + vocabulary // 128))
+    tokens = seconds = 0.0
+    for _ in range(args.runs):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+                                 max_new_tokens=args.new_tokens, eos_token_id=eos, pad_token_id=0)
+        tokens += int((out[:, T:].cpu() != 0).sum())
+        seconds += time.perf_counter() - start
+    result = {"rollouts": (tokens / seconds, "tokens/s", None)}
+    model.train()
+    if args.lora_rank:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            print("bench: without peft there is no torch update with LoRA to compare with", file=sys.stderr)
+            return result
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=32, target_modules=names))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=4e-5, betas=(0.9, 0.95))
+    samples, n = make_samples(args, vocabulary), args.prompt_tokens
+
+    def update():
+        for i in range(0, len(samples), 6):
+            x = torch.tensor([s.prompt + s.tokens for s in samples[i: i + 6]], device=device)
+            advantage = torch.tensor([s.advantage for s in samples[i: i + 6]], device=device)
+            logp = torch.log_softmax(model(x).logits[:, n - 1: -1].float(), -1).gather(-1, x[:, n:, None])[..., 0]
+            (-(torch.exp(logp - logp.detach()) * advantage[:, None]).sum() / len(samples)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(logp.detach()[0, 0])
+
+    training, _ = timed(update, args.runs)
+    return result | {"update": (len(samples) / training, "sequences/s", None)}
+
+
+def print_phases(directories: list[str]) -> None:
+    """Mean seconds of an iteration by phase, a column for each run; the first iterations, which compile, are left out."""
+    columns = []
+    for d in directories:
+        lines = [json.loads(line) for line in (Path(d) / "metrics.jsonl").read_text().splitlines()]
+        columns.append([m["seconds"] for m in lines if m["iteration"] > 5])
+    print("| phase | " + " | ".join(directories) + " |\n| --- |" + " --- |" * len(columns))
+    for phase in ("sample", "grade", "update", "reflect"):
+        print(f"| {phase} | " + " | ".join(f"{statistics.mean(s.get(phase, 0) for s in c):.3f}" for c in columns) + " |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="m", help=f"model directory or one of {', '.join(SHAPES)}")
+    parser.add_argument("--lora-rank", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--slots", type=int, default=0)
+    parser.add_argument("--microbatch-tokens", type=int, default=4500)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--vs", choices=("hf",))
+    parser.add_argument("--phases", nargs="+", metavar="RUN_DIR")
+    args = parser.parse_args()
+    if args.phases:
+        print_phases(args.phases)
+        return 0
+    built = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: built.append(seconds) if name.endswith("backend_compile_duration") else None)
+    with tempfile.TemporaryDirectory() as args.scratch:
+        try:
+            engine, directory = load(args)
+        except espl.UserError as e:
+            print(f"bench: error: {e}", file=sys.stderr)
+            return 2
+        vocabulary, rng = engine.policy.cfg.vocab_size, np.random.default_rng(0)
+        lengths = rng.integers(args.prompt_tokens // 2, args.prompt_tokens * 3 // 2 + 1, args.prompts)
+        prompts = [rng.integers(4, vocabulary, n).tolist() for n in lengths]
+        ours = bench_espl(args, engine, prompts)
+        memory = jax.local_devices()[0].memory_stats() or {}
+        peak = memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+        theirs = bench_hf(args, directory, prompts) if args.vs else {}
+    print(f"{args.model}, {args.dtype}, {f'LoRA rank {args.lora_rank}' if args.lora_rank else 'all weights'}, "
+          f"{jax.default_backend()}; peak memory {peak:.1f} GB; {len(built)} programs compiled in {sum(built):.0f} s\n")
+    print("| | | of the limit |" + (" transformers, torch | ratio |" if theirs else ""))
+    print("| --- | --- | --- |" + (" --- | --- |" if theirs else ""))
+    for name, (value, unit, share) in ours.items():
+        row = f"| {name} | {value:.3g} {unit} | {f'{share:.0%}' if share else ''} |"
+        if theirs:
+            row += f" {theirs[name][0]:.3g} | {value / theirs[name][0]:.2f} |" if name in theirs else " | |"
+        print(row)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
