@@ -197,14 +197,15 @@ def bench_hf(args, directory: Path, prompts: list[list[int]]) -> dict[str, tuple
 
 
 def print_phases(directories: list[str]) -> None:
-    """Mean seconds of an iteration by phase, a column for each run; the first iterations, which compile, are left out."""
+    """Median seconds of an iteration by phase, a column for each run."""
     columns = []
     for d in directories:
         lines = [json.loads(line) for line in (Path(d) / "metrics.jsonl").read_text().splitlines()]
-        columns.append([m["seconds"] for m in lines if m["iteration"] > 5])
+        columns.append([m["seconds"] for m in lines if m["iteration"]])
     print("| phase | " + " | ".join(directories) + " |\n| --- |" + " --- |" * len(columns))
     for phase in ("sample", "grade", "update", "reflect"):
-        print(f"| {phase} | " + " | ".join(f"{statistics.mean(s.get(phase, 0) for s in c):.3f}" for c in columns) + " |")
+        medians = [statistics.median(seconds.get(phase, 0) for seconds in column) for column in columns]
+        print(f"| {phase} | " + " | ".join(f"{m:.3f}" for m in medians) + " |")
 
 
 def main() -> int:
