@@ -525,6 +525,7 @@ def test_the_cache_stays_within_its_tokens(policy, monkeypatch):
     monkeypatch.setattr(espl, "decode_chunk", lambda *a: shapes.append(a[4][0][0].shape[:3:2]) or decode(*a))
     generate(policy, RAGGED, [3] * 6, DRAWN, cache_tokens=600)
     assert max(rows for rows, _ in shapes) > 1 and max(rows * length for rows, length in shapes) <= 600
+    assert max(length for _, length in shapes) <= CONTEXT
 
 
 def test_the_rows_that_are_left_give_up_idle_slots(policy, monkeypatch):
@@ -536,6 +537,31 @@ def test_the_rows_that_are_left_give_up_idle_slots(policy, monkeypatch):
     assert rows[0] == 16 and set(rows[1:]) == {1}
     assert [g[0].tokens for g in together] == [g[0].tokens for g in alone]
     assert len(together[-1][0].tokens) == CONTEXT - 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # in float32 it is added into the weights for sampling
+def test_sampling_uses_the_adapter(dtype):
+    policy = tiny_policy(4, noise=0.2, dtype=dtype)
+    for prompt, (r,) in zip(RAGGED, generate(policy, RAGGED, [1] * 6, espl.SamplingParams(0.8, 1.0, 30))):
+        assert abs(r.logprobs - response_logprobs(policy, prompt, r.tokens, 0.8)).max() < (
+            1e-4 if dtype == "float32" else 0.2)
+        assert abs(r.logprobs - response_logprobs(policy, prompt, r.tokens, 0.8, theta=policy.theta_ref)).max() > 0.3
+
+
+@pytest.mark.parametrize("needed, most, multiple, rows", [
+    (1, 64, 1, 1), (2, 64, 1, 8), (9, 64, 1, 16), (64, 64, 1, 64), (150, 64, 1, 64), (150, 100, 1, 100), (3, 2, 1, 2),
+    (1, 64, 4, 4), (9, 10, 4, 12)])
+def test_row_count(needed, most, multiple, rows):
+    assert espl.row_count(needed, most, multiple) == rows
+
+
+def test_every_group_is_reported_when_it_ends(policy):
+    prompts, counts = RAGGED[:3] + random_prompts(CONTEXT), [2, 0, 3, 2]
+    seen, engine = {}, espl.Engine(policy, (V, V), CONTEXT, slots=1)
+    responses = espl.generate(engine, policy.theta, prompts, counts, DRAWN, (0, 0), done=lambda g, r: seen.update(
+        {g: [len(y.tokens) for y in r]}))
+    assert sorted(seen) == [0, 1, 2, 3] and list(seen)[-2:] == [0, 2]  # those without anything to do come first
+    assert seen == {g: [len(y.tokens) for y in group] for g, group in enumerate(responses)}
 
 
 def test_a_response_does_not_depend_on_slots_or_company(policy):
@@ -1893,6 +1919,28 @@ def test_a_batch_without_signal_is_a_logged_no_op(world, tmp_path):
     assert m["skipped"] and "loss" not in m and m["mutation"].startswith("none") and m["crossover"].startswith("none")
     assert equal(run.policy.theta, run.policy.theta_ref) and "val" not in m
     assert not any("validation" in row for row in espl.summary(run))
+
+
+def test_groups_are_graded_while_others_are_sampled(world, tmp_path):
+    calls, sampling, generate, grade = [], [False], espl.generate, espl.grade_math
+
+    def sampled(*args):
+        sampling[0] = True
+        result = generate(*args)
+        time.sleep(0.2)  # what was waiting when the last group ended
+        sampling[0] = False
+        return result
+
+    def graded(pairs):
+        calls.append((sampling[0], len(pairs)))
+        return grade(pairs)
+
+    run = play(flags(world, tmp_path, mode="rl", iterations=1, slots=2), generate=sampled, grade_math=graded)
+    assert any(while_sampling for while_sampling, _ in calls)
+    assert sum(n for _, n in calls) == len(read_lines(run, "rollouts.jsonl"))
+    for r in read_lines(run, "rollouts.jsonl"):  # every response has its own grade
+        problem = next(x for x in run.task.train + run.task.val + run.task.test if x.id == r["problem"])
+        assert [(r["reward"], r["outcome"])] == grade([(problem, r["response"])])
 
 
 def fail(*_, **__):

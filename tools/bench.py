@@ -3,6 +3,7 @@
     python tools/bench.py m                                    # random weights in a named shape (--help lists them)
     python tools/bench.py DIR --lora-rank 0 --vs hf            # a model directory; also transformers and torch on it
     python tools/bench.py qwen3-4b --dtype bfloat16 --prompts 30 --prompt-tokens 1024 --new-tokens 4096
+    python tools/bench.py m --scaling                          # decode against rows and context, with a cost model
     python tools/bench.py --phases runs/A runs/B               # seconds an iteration by phase, from metrics.jsonl
 
 The workload: --samples responses to each of --prompts random prompts of --prompt-tokens tokens, give or take a half.
@@ -87,7 +88,7 @@ def load(args) -> tuple[espl.Engine, Path]:
         policy = espl.load_policy(str(directory), cfg, mesh)
     else:
         policy = espl.make_policy(espl.Transformer(cfg, nnx.Rngs(0)), mesh)
-    eos = tuple(range(4, 4 + cfg.vocab_size // 128))
+    eos = tuple(range(4, 5 + cfg.vocab_size // 128))
     slots = args.slots or (64 if jax.default_backend() == "cpu" else 512)
     return espl.Engine(policy, eos, cfg.max_context, slots, espl.cache_tokens(policy)), directory
 
@@ -160,7 +161,7 @@ def bench_hf(args, directory: Path, prompts: list[list[int]]) -> dict[str, tuple
     T = max(map(len, rows))
     ids = torch.tensor([[0] * (T - len(p)) + p for p in rows], device=device)
     mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in rows], device=device)
-    eos = list(range(4, 4 + vocabulary // 128))
+    eos = list(range(4, 5 + vocabulary // 128))
     tokens = seconds = 0.0
     for _ in range(args.runs):
         start = time.perf_counter()
@@ -196,6 +197,40 @@ def bench_hf(args, directory: Path, prompts: list[list[int]]) -> dict[str, tuple
     return result | {"update": (len(samples) / training, "sequences/s", None)}
 
 
+def print_scaling(engine) -> None:
+    """Decode and prefill rates against rows and lengths, and a cost model fitted to the decode steps."""
+    policy, cfg, found = engine.policy, engine.policy.cfg, {}
+    layers = espl.unstack(policy.graphdef, policy.theta, policy.frozen)
+    rows_, lengths = (1, 8, 32, 64), (128, 512, 2048)
+    for rows, length in ((r, n) for r in rows_ for n in lengths):
+        state = [espl.new_cache(cfg, rows, length)]
+        full = lambda x: np.full(rows, x, np.int32)
+
+        def chunk():  # every row has a token to feed at each of the 64 steps
+            state[0], *rest = espl.decode_chunk(
+                policy.graphdef, policy.theta, policy.frozen, layers, state[0], full(5), full(length - 65), full(1000),
+                np.ones((rows, 2), np.uint32), np.array([-1]), 1.0, 1.0)
+            return rest
+
+        found[rows, length] = timed(chunk, 2)[0] / espl.DECODE_CHUNK
+    print("| decode, tokens/s | " + " | ".join(f"{n} tokens of context" for n in lengths) + " |\n| --- |"
+          + " --- |" * len(lengths))
+    for rows in rows_:
+        print(f"| {rows} rows | " + " | ".join(f"{rows / found[rows, n]:.3g}" for n in lengths) + " |")
+    cells = []
+    for n in lengths:
+        ids = np.full((1, n), 5, np.int32)
+        fill = lambda: espl.prefill(policy.graphdef, policy.theta, policy.frozen, ids, np.arange(n)[None])
+        seconds, _ = timed(fill, 3)
+        cells.append(f"{n / seconds:.3g}")
+    print("| prefill, tokens/s | " + " | ".join(cells) + " |")
+    terms, seconds = np.array([[1, r, r * n] for r, n in found]), np.array(list(found.values()))
+    (a, b, c), *_ = np.linalg.lstsq(terms / seconds[:, None], np.ones(len(seconds)))  # relative errors count
+    error = np.abs(terms @ (a, b, c) / seconds - 1).max()
+    print(f"\nA decode step takes about {a * 1e3:.3g} ms + {b * 1e3:.3g} ms a row + {c * 1e6:.3g} us a row and cached "
+          f"token (within {error:.0%}).")
+
+
 def print_phases(directories: list[str]) -> None:
     """Median seconds of an iteration by phase, a column for each run."""
     columns = []
@@ -221,6 +256,7 @@ def main() -> int:
     parser.add_argument("--microbatch-tokens", type=int, default=4500)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--vs", choices=("hf",))
+    parser.add_argument("--scaling", action="store_true", help="only tables of decode and prefill against sizes")
     parser.add_argument("--phases", nargs="+", metavar="RUN_DIR")
     args = parser.parse_args()
     if args.phases:
@@ -235,6 +271,9 @@ def main() -> int:
         except espl.UserError as e:
             print(f"bench: error: {e}", file=sys.stderr)
             return 2
+        if args.scaling:
+            print_scaling(engine)
+            return 0
         vocabulary, rng = engine.policy.cfg.vocab_size, np.random.default_rng(0)
         lengths = rng.integers(args.prompt_tokens // 2, args.prompt_tokens * 3 // 2 + 1, args.prompts)
         prompts = [rng.integers(4, vocabulary, n).tolist() for n in lengths]
