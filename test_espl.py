@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -2699,3 +2700,16 @@ def test_lineage_in_words():
     long = espl.lineage(population, prompts[9])
     assert long.startswith("9 by mutation of 8 (iteration 9) <- ") and "… 3 generations more …" in long
     assert long.endswith("<- 0, the root") and long.count(" by ") == 6
+
+
+def test_the_laboratorys_statistics():
+    spec = importlib.util.spec_from_file_location("lab", Path(espl.__file__).parent / "tools" / "lab.py")
+    lab = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lab)
+    differences = np.random.default_rng(0).normal(0.3, 0.1, 40).tolist()
+    low, high = lab.interval(differences)  # of many values: the mean and 1.96 standard errors
+    assert [low, high] == pytest.approx(np.mean(differences) + np.array([-1.96, 1.96]) * 0.1 / 40**0.5, abs=0.01)
+    curve = [dict(iteration=i, test=i / 100, test_greedy=0.0, val=v) for i, v in
+             zip(range(0, 70, 10), (0.1, 0.5, 0.9, 0.2, 0.9, 0.1, 0.3))]
+    assert lab.readings(curve) == curve[-1] | {"last": pytest.approx(0.4), "picked": 0.2}
+    assert lab.readings(curve[:2])["last"] == 0.1  # the evaluation before training does not count
