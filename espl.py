@@ -1601,7 +1601,8 @@ def surrogate(logp, behaviour_logp, advantage, objective: Objective):
 def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float):
     """Log-probability of each target and entropy of its distribution, both [B, T] float32.
 
-    Works through blocks of tokens and recomputes each in the backward pass: [B, T, V] never exists.
+    Works through blocks of tokens, so [B, T, V] never exists. For the backward pass a block is computed again if the
+    table is trained, else its slope [D] for each token is kept.
     """
     B, T, D = hidden_BTD.shape
     size = min(B * T, max(16, 1 << (2**25 // model.cfg.vocab_size).bit_length() - 1))  # <= 128 MiB of float32 logits
@@ -1614,7 +1615,7 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
         chosen = jnp.take_along_axis(logp, target[:, None], -1)[:, 0]
         if not model.cfg.lora_rank:
             return chosen, entropy
-        # The table is frozen: d log pi / d hidden is all that the backward pass needs. Found here, nothing is redone.
+        # The table is frozen: d log pi / d hidden is all that the backward pass needs, and it is found here.
         [slope] = pull(jax.nn.one_hot(target, logits.shape[-1]) - jnp.exp(logp))
         chosen, slope = jax.lax.stop_gradient((chosen, slope.astype(jnp.float32)))
         moved = hidden.astype(jnp.float32) - jax.lax.stop_gradient(hidden).astype(jnp.float32)  # 0, with a gradient
