@@ -1446,11 +1446,12 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
         return responses
     keys = [np.random.SeedSequence([*seed, g, j]).generate_state(2) for g, j in queue]  # uint32[2]: a threefry key
     data = policy.mesh.shape["data"]
-    longest = bucket(max(len(prompts[g]) + room[g] for g, _ in queue) + DECODE_CHUNK)
+    size = lambda n: min(bucket(n), -(-engine.context // 128) * 128)
+    longest = size(max(len(prompts[g]) + room[g] for g, _ in queue))
     S = row_count(len(queue), min(engine.slots, max(1, engine.cache_tokens // longest)), data)
     token, position, remaining = np.zeros((3, S), np.int32)
     key_S, owner, prefilled, admitted = np.zeros((S, 2), np.uint32), [None] * S, None, 0
-    length = bucket(max(len(prompts[g]) for g, _ in queue) + DECODE_CHUNK)
+    length = size(max(len(prompts[g]) for g, _ in queue) + DECODE_CHUNK)
     cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(cfg, S, length)
     layers = unstack(policy.graphdef, theta, policy.frozen)
     bar = progress(total=len(queue), desc=label)
@@ -1459,7 +1460,7 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
             g, j = owner[s] = queue[admitted]
             if g != prefilled:  # once for all its rollouts: they are neighbours in the queue
                 prefilled, n = g, len(prompts[g]) - 1
-                ids, at = np.zeros((1, bucket(n)), np.int32), np.full((1, bucket(n)), PAD_POSITION, np.int32)
+                ids, at = np.zeros((1, size(n)), np.int32), np.full((1, size(n)), PAD_POSITION, np.int32)
                 ids[0, :n], at[0, :n] = prompts[g][:-1], np.arange(n)
                 prefix = prefill(policy.graphdef, theta, policy.frozen, ids, at)
             cache = admit(cache, prefix, s)
@@ -1472,7 +1473,7 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
             fewer = row_count(live, S, data)
         need = max(position[s] for s in order[:live]) + DECODE_CHUNK
         if fewer < S or need > length:
-            S, length, order = fewer, max(length, bucket(need)), order[:fewer]
+            S, length, order = fewer, max(length, size(need)), order[:fewer]
             cache, owner = resize(cache, np.array(order), length), [owner[s] for s in order]
             token, position, remaining, key_S = (x[order] for x in (token, position, remaining, key_S))
         cache, *state = decode_chunk(policy.graphdef, theta, policy.frozen, layers, cache, token, position, remaining,
