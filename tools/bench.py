@@ -4,6 +4,7 @@
     python tools/bench.py DIR --lora-rank 0 --vs hf            # a model directory; also transformers and torch on it
     python tools/bench.py qwen3-4b --dtype bfloat16 --prompts 30 --prompt-tokens 1024 --new-tokens 4096
     python tools/bench.py m --scaling                          # decode against rows and context, with a cost model
+    python tools/bench.py --memory --lora-rank 0               # of an update, against one that keeps all logits
     python tools/bench.py --phases runs/A runs/B               # seconds an iteration by phase, from metrics.jsonl
 
 The workload: --samples responses to each of --prompts random prompts of --prompt-tokens tokens, give or take a half.
@@ -231,6 +232,33 @@ def print_scaling(engine) -> None:
           f"token (within {error:.0%}).")
 
 
+def materialised(model, hidden, target, temperature):
+    """espl.token_logprobs as one would write it first: all logits at once."""
+    logp = jax.nn.log_softmax(model.logits(hidden) / temperature)
+    return jnp.take_along_axis(logp, target[..., None], -1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, -1)
+
+
+def print_memory(lora_rank: int, vocabulary: int = 131072) -> None:
+    """Temporary memory of an update on 8 responses of 256 tokens, as compiled, against one with all logits at once."""
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    jax.set_mesh(mesh)
+    cfg = espl.ModelConfig(
+        num_layers=2, model_dim=768, mlp_dim=2048, num_heads=12, num_kv_heads=4, head_dim=64, vocab_size=vocabulary,
+        max_context=4096, norm_eps=1e-5, rope_frequencies=(espl.rope_frequencies({"rope_theta": 1e4}, 64),),
+        layer_rope=(0, 0), layer_window=(espl.PAD_POSITION,) * 2, lora_rank=lora_rank)
+    shapes = nnx.eval_shape(lambda: espl.Transformer(cfg, nnx.Rngs(0)))
+    graphdef, theta, frozen = nnx.split(shapes, nnx.LoRAParam if lora_rank else nnx.Param, ...)
+    [batch] = espl.microbatches([espl.Sample([1, 2], [3] * 256, [0.0] * 256, 1.0)] * 8, 8 * 264, 1)
+    used = []
+    for espl.token_logprobs in (espl.token_logprobs, materialised):
+        jax.clear_caches()
+        lowered = espl.add_gradient.lower(theta, theta, theta, graphdef, frozen, batch, 8, espl.Objective(), "layer")
+        used.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    trained = f"LoRA rank {lora_rank}" if lora_rank else "all weights"
+    print(f"V = {vocabulary}, {batch['token'].size} tokens, {trained}: "
+          f"{used[0] / 1e9:.2f} GB; with all logits at once {used[1] / 1e9:.2f} GB; ratio {used[0] / used[1]:.2f}")
+
+
 def print_phases(directories: list[str]) -> None:
     """Median seconds of an iteration by phase, a column for each run."""
     columns = []
@@ -257,10 +285,14 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--vs", choices=("hf",))
     parser.add_argument("--scaling", action="store_true", help="only tables of decode and prefill against sizes")
+    parser.add_argument("--memory", action="store_true", help="only the temporary memory of an update at V = 128k")
     parser.add_argument("--phases", nargs="+", metavar="RUN_DIR")
     args = parser.parse_args()
     if args.phases:
         print_phases(args.phases)
+        return 0
+    if args.memory:
+        print_memory(args.lora_rank)
         return 0
     built = []
     jax.monitoring.register_event_duration_secs_listener(
