@@ -172,6 +172,8 @@ class Config:
     max_pool_size: int = flag(200, "Evolution", "population size; the oldest leaves first", low=1)
     p_crossover: float = flag(0.2, "Evolution", "chance of crossover in an iteration", "p_crossover", low=0, high=1)
     delta_sigma: float = flag(1.0, "Evolution", "uncertainty added to a child's rating", "dsigma", low=0)
+    rating: str = flag("trueskill", "Evolution", "last: mu is a prompt's last V_i, and lambda is 0 unless it is given",
+                       choices=("trueskill", "last"))
 
     reflector: str = flag("reference", "Reflection", "pi_ref or pi_theta", choices=("reference", "current"))
     reflect_on: str = flag("contrast", "Reflection", "problems with 0 < V < 1, V < 1, or all",
@@ -225,6 +227,7 @@ def parse_args(argv: list[str]) -> Config:
     if not given.keys() & {"task", "train_file", "test_file", "resume"}:
         given["task"] = "glyphs"
     saved = GLYPHS_DEFAULTS if given.get("task") == "glyphs" else {}
+    saved = saved | ({"ucb_lambda": 0.0} if given.get("rating") == "last" else {})
     if given.get("resume"):
         path = Path(given["resume"]) / "config.json"
         try:
@@ -589,13 +592,16 @@ def select(population: Population, config: Config, rng) -> list[SystemPrompt]:
     return sorted((window[i] for i in order[: config.num_prompts]), key=lambda s: s.id)
 
 
-def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: int) -> None:
+def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: int, rating="trueskill") -> None:
     """One TrueSkill free-for-all of the prompts, ranked by V_i; neighbours in rank within 0.01 tie   (Alg. 1)."""
     order = sorted(range(len(prompts)), key=lambda i: (-values[i], prompts[i].id))
     ranks = [0] * len(prompts)
     for better, worse in zip(order, order[1:]):
         ranks[worse] = ranks[better] + (values[better] - values[worse] > 0.01 + 1e-9)
-    if len(prompts) > 1:
+    if rating == "last":  # an ablation: what earlier tournaments said is forgotten, every prompt is as certain
+        for s, v in zip(prompts, values):
+            s.mu, s.sigma = v, 1.0
+    elif len(prompts) > 1:
         env = trueskill.TrueSkill(mu=25.0, sigma=25.0 / 3, beta=25.0 / 6, tau=25.0 / 300, draw_probability=0.10)
         order.sort(key=lambda i: (ranks[i], prompts[i].id))  # rounding must not depend on the order they came in
         teams = [(env.create_rating(prompts[i].mu, prompts[i].sigma),) for i in order]
@@ -955,6 +961,7 @@ def matmul(x, w):
 
 
 def matmul_backward(saved, g):
+    """(g W^T, x^T g), the latter of shape [a, b] for x [..., a] and g [..., b]."""
     x, w = saved
     wide = w.shape[1] >= w.shape[0]
     dw = jnp.einsum("...a,...b->ab", *((x, g) if wide else (g, x)))
@@ -967,15 +974,15 @@ matmul.defvjp(lambda x, w: (x @ w, (x, w)), matmul_backward)
 class Linear(nnx.Module):
     """y = x W + b + (alpha / R) (x A) B; A, B is the LoRA adapter, present when lora_rank > 0, and B starts at zero."""
 
-    lora_a = lora_b = None
+    lora_a = lora_b = None  # without an adapter, and once it is merged
 
     def __init__(self, cfg: ModelConfig, name: str, d_in: int, d_out: int, rngs: nnx.Rngs):
         # Trained weights are kept in float32 (Adam's steps of 4e-5 vanish in bf16); frozen ones in cfg.dtype.
         dtype = jnp.dtype(cfg.dtype) if cfg.lora_rank else jnp.float32
-        self.cfg = cfg
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_in, d_out), dtype) * d_in**-0.5)
         self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if name in cfg.biased else None
         if cfg.lora_rank:
+            self.scale = cfg.lora_alpha / cfg.lora_rank
             a = jax.random.uniform(rngs.params(), (d_in, cfg.lora_rank), minval=-(d_in**-0.5), maxval=d_in**-0.5)
             self.lora_a = nnx.LoRAParam(a)
             self.lora_b = nnx.LoRAParam(jnp.zeros((cfg.lora_rank, d_out)))
@@ -985,15 +992,13 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None:
-            scale = self.cfg.lora_alpha / self.cfg.lora_rank
-            y = y + matmul(matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype)) * scale
+            y = y + matmul(matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype)) * self.scale
         return checkpoint_name(y, "linear")
 
     def merge(self):
         """Add the adapter into the kernel."""
         if self.lora_a is not None:
-            scale = self.cfg.lora_alpha / self.cfg.lora_rank
-            self.kernel[...] += self.lora_a[...] @ self.lora_b[...] * scale
+            self.kernel[...] += self.lora_a[...] @ self.lora_b[...] * self.scale
             del self.lora_a, self.lora_b
 
 
@@ -1468,9 +1473,10 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
             key_S[s] = keys[admitted]
             admitted += 1
         order = sorted(range(S), key=lambda s: owner[s] is None)  # live rows first
-        live, fewer = S - owner.count(None), S
-        if admitted == len(queue) and row_count(live, S, data) <= S // 4:  # nobody waits: fewer slots, faster steps
-            fewer = row_count(live, S, data)
+        live = S - owner.count(None)
+        fewer = row_count(live, S, data)
+        if admitted < len(queue) or fewer > S // 4:  # else nobody waits: fewer slots, faster steps
+            fewer = S
         need = max(position[s] for s in order[:live]) + DECODE_CHUNK
         if fewer < S or need > length:
             S, length, order = fewer, max(length, size(need)), order[:fewer]
@@ -2065,7 +2071,8 @@ def embedded_model(config: Config) -> str:
     texts = read_prompts(config.prompts_file or DEFAULT_PROMPTS, "glyphs")
     texts = {name: texts[name] for name in ("summarize", "critique", "aggregate", "crossover")}
     code = (Lesson, solve_glyphs, draw_meaning, quote, change, listing, numbered, fill, critique_slots, aggregate_slots,
-            crossover_slots, pretrain, probe, Transformer, Block, attention, rotate, RMSNorm, Linear)
+            crossover_slots, pretrain, probe, Transformer, Block, attention, rotate, RMSNorm, Linear, matmul,
+            matmul_backward)
     tables = [[f(a, b) for a in range(10) for b in range(10)] for f in OPERATIONS.values()]
     shape = [texts, int(number), WORDS, WORD, tables, HARD, CHAT_TEMPLATE, PRETRAIN_STEPS, PRETRAIN_ROWS,
              PRETRAIN_LENGTH, GATES]
@@ -2152,11 +2159,14 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
     def grade(ended: list[int]):
         answers = [(pairs[g][1], t) for g in ended for t in texts[g]]
         try:
-            graded = iter(run.task.grade(answers))
+            graded = [(float(reward), outcome) for reward, outcome in run.task.grade(answers)]
+            if len(graded) != len(answers):
+                raise ValueError(f"{len(graded)} grades for {len(answers)} responses")
         except Exception as e:  # a failure of the grader never ends a run
             warn(f"grading failed, counted as reward 0: {first_line(e)}")
-            graded = iter([(0.0, "error")] * len(answers))
-        grades.update({g: [next(graded) for _ in texts[g]] for g in ended})
+            graded = [(0.0, "error")] * len(answers)
+        each = iter(graded)
+        grades.update({g: [next(each) for _ in texts[g]] for g in ended})
 
     def done(g: int, responses: list[Response]):
         texts[g] = [run.chat.text(r.tokens, prompts[g]) for r in responses]
@@ -2175,7 +2185,7 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
                 job.result()
     groups = []
     for g, (s, x, _) in enumerate(pairs):
-        rewards, outcomes = ([grade[i] for grade in grades[g]] for i in (0, 1))
+        rewards, outcomes = map(list, zip(*grades[g]))
         groups.append(Group(x, texts[g], rewards, outcomes, prompts[g], responses[g]))
         run.append("rollouts.jsonl", [
             dict(iteration=iteration, split=split, prompt=s.id, problem=x.id, reward=r, outcome=o, stop=y.stop,
@@ -2223,10 +2233,10 @@ def pass_at_k(correct: int, n: int, k: int) -> float:
 
 def tested_prompt(run: Run) -> SystemPrompt:
     """The prompt that is evaluated; neither validation nor test scores have a say."""
-    pool = run.population.pool
-    if run.config.test_prompt == "latest" or run.config.mode == "reflection":  # its one prompt is the newest
+    c, pool = run.config, run.population.pool
+    if c.test_prompt == "latest" or c.mode == "reflection" or c.num_prompts == 1:  # alone, no prompt is ever rated
         return pool[-1]
-    return max(pool, key=lambda s: (s.score(-run.config.ucb_lambda), s.id))
+    return max(pool, key=lambda s: (s.score(-c.ucb_lambda), s.id))
 
 
 def evaluate(run: Run, iteration: int) -> dict:
@@ -2252,17 +2262,13 @@ def evaluate(run: Run, iteration: int) -> dict:
     return result
 
 
-def summary(run: Run) -> dict[str, dict]:
-    """The honest readings of the test curve: before training, final, mean of the last five, picked by validation."""
-    first, final, lasts = run.evaluations[0], run.evaluations[-1], run.evaluations[-5:]
+def summary(evaluations: list[dict]) -> dict[str, dict]:
+    """The honest readings of a test curve: before training, final, mean of the last five, picked by validation."""
+    first, final = evaluations[0], evaluations[-1]
+    lasts = [e for e in evaluations if e is not first][-5:] or [first]
     mean = {name: float(np.mean([e[name] for e in lasts])) for name in ("test", "test_greedy") if name in final}
-    rows = {f"base model, prompt {first['prompt']}": first,
-            f"iteration {final['iteration']}, prompt {final['prompt']}": final,
-            f"mean of the last {len(lasts)} evaluations": mean}
-    if run.task.val:
-        picked = max(run.evaluations, key=lambda e: e["val"])  # the first of equals
-        rows[f"picked by validation: iteration {picked['iteration']}, prompt {picked['prompt']}"] = picked
-    return rows
+    picked = {"picked by validation": max(evaluations, key=lambda e: e["val"])} if "val" in final else {}
+    return {"base model": first, "final": final, "mean of last 5": mean} | picked  # the first of equals
 
 
 def lineage(population: Population, s: SystemPrompt, most: int = 6) -> str:
@@ -2283,7 +2289,9 @@ def closing_report(run: Run) -> str:
     columns = {"test": f"T = {c.temperature:g}"} | ({"test_greedy": "greedy"} if c.test_greedy else {})
     title = f"mean reward on {len(run.task.test)} test problems"
     lines = [title.ljust(50) + "".join(f"{x:>10}" for x in columns.values())]
-    lines += [name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns) for name, row in summary(run).items()]
+    for name, row in summary(run.evaluations).items():
+        name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
+        lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
     return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}", lineage(run.population, s),
                       textwrap.indent(listing(numbered(s.principles)), "    "), "", f"files: {run.directory}"])
 
@@ -2367,6 +2375,51 @@ def draw_curves(run: Run) -> None:
     figure.savefig(run.directory / "curves.png", dpi=110)
 
 
+def draw_tree(run: Run) -> None:
+    """tree.png, tree.svg: every prompt below its parents, with its mu; beside it its last test score, if it has one."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    prompts, tested = run.population.prompts, tested_prompt(run).id
+    children, depth, order, stack = {s.id: [] for s in prompts}, {}, [], [0]
+    for s in prompts:  # parents come first
+        depth[s.id] = 1 + max((depth[i] for i in s.parents), default=-1)
+        if s.parents:
+            children[s.parents[0]].append(s.id)
+    while stack:  # depth first
+        order.append(stack.pop())
+        stack += children[order[-1]][::-1]
+    leaves = [i for i in order if not children[i]]
+    x = dict(zip(leaves, range(len(leaves))))  # side by side; every other prompt above the middle of its children
+    for i in reversed(order):
+        x[i] = np.mean([x[child] for child in children[i]]) if children[i] else x[i]
+    width, height = len(leaves), 1 + max(depth.values())
+    figure = Figure(figsize=(max(5, 1.5 + 0.62 * width), 1.2 + 0.55 * height), layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlim=(-0.6, width - 0.4), ylim=(height - 0.4, -0.6))
+    axis.axis("off")
+    shades = matplotlib.colors.ListedColormap(matplotlib.colormaps["Greens"](np.linspace(0, 0.6, 256)))
+    mus = [s.mu for s in prompts]
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(mus), max(mus)), shades)
+    edges = {"mutation": dict(color="deepskyblue"), "crossover": dict(color="orange", connectionstyle="arc3,rad=0.15")}
+    for s in prompts:
+        for i in s.parents:
+            axis.annotate("", (x[s.id], depth[s.id] - 0.26), (x[i], depth[i] + 0.28), zorder=1,
+                          arrowprops=dict(arrowstyle="-|>", linewidth=1.3, shrinkA=0, shrinkB=0, **edges[s.operation]))
+        axis.text(x[s.id], depth[s.id], f"{s.id}\n{s.mu:.1f}", ha="center", va="center", fontsize=7, zorder=2,
+                  bbox=dict(boxstyle="round", facecolor=scale.to_rgba(s.mu), linewidth=2.5 if s.id == tested else 0.6))
+        for e in [e for e in s.scores if e["split"] == "test"][-1:]:
+            axis.text(x[s.id] + 0.33, depth[s.id], f"{e['score']:.2f}", va="center", fontsize=7, color="firebrick")
+    for name, look in edges.items():
+        axis.plot([], [], color=look["color"], label=name)
+    axis.plot([], [], "ks", markerfacecolor="none", markeredgewidth=2.5, label="tested prompt")
+    axis.plot([], [], color="firebrick", marker="$0.5$", markersize=14, linestyle="", label="test score")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.colorbar(scale, ax=axis, label="TrueSkill mu", shrink=min(1, 4 / height), aspect=15)
+    figure.suptitle(run.directory.name)
+    figure.savefig(run.directory / "tree.png", dpi=min(110, 10_000 / max(figure.get_size_inches())))
+    figure.savefig(run.directory / "tree.svg")
+
+
 # ======================================================================================================================
 # 10. Algorithm 1 and the program
 # ======================================================================================================================
@@ -2437,7 +2490,7 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     evolution = {}
     if c.mode != "rl":
         # v <- argsort V; (mu_i, sigma_i) <- TrueSkill.update
-        update_ratings(prompts_M, values_M, iteration)
+        update_ratings(prompts_M, values_M, iteration, c.rating)
         # Mutate the best prompt s_k; with probability p_crossover recombine (Algorithm 2); append the children to S.
         evolution = evolve(run, prompts_M, groups_MB, values_M, iteration, rng)
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
@@ -2530,18 +2583,25 @@ def train(run: Run) -> None:
                 write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
                 if "test" in m:
                     draw_curves(run)
+                    draw_tree(run)
             except Exception as e:
-                warn(f"could not write population.json or curves.png: {first_line(e)}")
+                warn(f"could not write population.json or a picture: {first_line(e)}")
             print_line(run, m, last)
             if iteration % c.save_every == 0 or iteration == last:
                 save_checkpoint(run, manager, iteration)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
-    run, built = None, []  # seconds of every program that XLA compiled, or that was read from --compile-cache
+def count_programs() -> list[float]:
+    """A list that grows by the seconds of every program that XLA compiles from now on, or reads from its cache."""
+    built = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **_: built.append(seconds) if name.endswith("backend_compile_duration") else None)
+    return built
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    run, built = None, count_programs()
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         if config.compile_cache:

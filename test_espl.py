@@ -1169,6 +1169,24 @@ def test_winner_gains_loser_falls():
     assert a.sigma == b.sigma == pytest.approx(7.171, abs=1e-3)
 
 
+def test_rating_by_the_last_value():
+    config = espl.parse_args(["--task", "glyphs", "--rating", "last"])
+    assert config.ucb_lambda == 0 and espl.parse_args(["--task", "glyphs"]).ucb_lambda == 2
+    assert espl.parse_args(["--task", "glyphs", "--rating", "last", "--ucb-lambda", "1"]).ucb_lambda == 1
+    population = population_of((25, 8), (25, 8), (25, 8))
+    for n, values in enumerate([(0.9, 0.1, 0.2), (0.3, 0.6, 0.5)], 1):
+        espl.update_ratings(population.prompts, values, n, config.rating)
+    assert [s.mu for s in population.prompts] == [0.3, 0.6, 0.5] and len({s.sigma for s in population.prompts}) == 1
+    assert [h["rank"] for s in population.prompts for h in s.history] == [0, 2, 2, 0, 1, 1]
+    seen = Counter(espl.select(population, dataclasses.replace(config, num_prompts=1), np.random.default_rng(i))[0].id
+                   for i in range(20))
+    assert seen == {1: 20}  # the last best one, whatever it was before
+    run = SimpleNamespace(config=config, population=population)
+    assert espl.tested_prompt(run).id == 1
+    child = espl.add_child(population, ["new"], population.prompts[:2], "crossover", 3, config, {})
+    assert child.mu == pytest.approx(0.45)  # unrated: the plain mean of its parents
+
+
 def test_a_lone_prompt_keeps_its_rating():
     [s] = population_of((30, 2)).prompts
     espl.update_ratings([s], [0.9], 3)
@@ -1787,7 +1805,7 @@ def test_run_directory(run_of, mode):
     run, learns, evolves = run_of(mode), mode in ("espl", "rl"), mode != "rl"
     names = {p.name for p in run.directory.iterdir()}
     assert names - {"best"} == {"config.json", "metrics.jsonl", "population.json", "rollouts.jsonl", "checkpoints",
-                                "curves.png"} | set(["reflections.jsonl"] * evolves)
+                                "curves.png", "tree.png", "tree.svg"} | set(["reflections.jsonl"] * evolves)
     assert (run.directory / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert json.loads((run.directory / "config.json").read_text())["mode"] == mode
     lines, rollouts = read_lines(run, "metrics.jsonl"), read_lines(run, "rollouts.jsonl")
@@ -1871,7 +1889,8 @@ def test_the_test_set_never_selects(world, run_of, tmp_path):
     tests = [[r["reward"] for r in read_lines(run, "rollouts.jsonl") if r["split"] == "test"] for run in (one, two)]
     assert tests[0] != tests[1] and equal(one.policy.theta, two.policy.theta)
     assert [s | {"scores": 0} for s in prompts_of(one)] == [s | {"scores": 0} for s in prompts_of(two)]
-    assert list(espl.summary(one)) == list(espl.summary(two))  # picks the same iteration
+    picked = [espl.summary(run.evaluations)["picked by validation"]["iteration"] for run in (one, two)]
+    assert picked[0] == picked[1]
 
 
 class Killed(BaseException):
@@ -1926,7 +1945,7 @@ def test_a_batch_without_signal_is_a_logged_no_op(world, tmp_path):
     m = metrics(run)[1]
     assert m["skipped"] and "loss" not in m and m["mutation"].startswith("none") and m["crossover"].startswith("none")
     assert equal(run.policy.theta, run.policy.theta_ref) and "val" not in m
-    assert not any("validation" in row for row in espl.summary(run))
+    assert list(espl.summary(run.evaluations)) == ["base model", "final", "mean of last 5"]
 
 
 def test_groups_are_graded_while_others_are_sampled(world, tmp_path):
@@ -1963,7 +1982,8 @@ def full_disk(*_, **__):
 
 
 @pytest.mark.parametrize("part, warning", [
-    ("draw_curves", "it broke"), ("open", "No space left"), ("grade_math", "it broke")])
+    ("draw_curves", "it broke"), ("open", "No space left"), ("grade_math", "it broke"),
+    ("grade_math: none", "0 grades for")])
 def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     generate = espl.generate
 
@@ -1971,13 +1991,14 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
         return (fail if "reflecting" in args[6] else generate)(*args)
 
     patches = {"open": dict(open=full_disk), "grade_math": dict(grade_math=fail),
+               "grade_math: none": dict(grade_math=lambda pairs: []),
                "draw_curves": dict(draw_curves=fail, generate=reflecting_fails)}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
     assert warning in error and "badly" not in error and run.population.prompts[0].history
-    assert equal(run.policy.theta, run.policy.theta_ref) == (part == "grade_math")
+    assert equal(run.policy.theta, run.policy.theta_ref) == part.startswith("grade_math")
     if part == "draw_curves":
         assert metrics(run)[1]["mutation"] == "failed: it broke" and len(prompts_of(run)) == 1
-    if part == "grade_math":
+    if part.startswith("grade_math"):
         assert metrics(run)[1]["outcomes"] == {"error": 60}
 
 
@@ -2268,11 +2289,39 @@ def test_stop_tokens(tmp_path, files, expected):
 
 
 @pytest.mark.parametrize("changes, expected", [
-    ({}, 0), (dict(ucb_lambda=0.0), 1), (dict(test_prompt="latest"), 2), (dict(mode="reflection"), 2)])
+    ({}, 0), (dict(ucb_lambda=0.0), 1), (dict(test_prompt="latest"), 2), (dict(mode="reflection"), 2),
+    (dict(num_prompts=1), 2)])
 def test_tested_prompt_is_the_surest_one_or_the_latest(changes, expected):
     prompts = [espl.SystemPrompt(i, [], mu, sigma) for i, (mu, sigma) in enumerate([(25, 1), (30, 5), (24, 1)])]
     run = SimpleNamespace(config=espl.Config(**changes), population=espl.Population(prompts, 200))
     assert espl.tested_prompt(run).id == expected
+
+
+def test_tree_picture(tmp_path, monkeypatch):
+    """Sixty random prompts: no two boxes overlap, every child is below its parents, all edges are there."""
+    import matplotlib
+    from matplotlib.axes import Axes
+    rng, drawn, text = np.random.default_rng(0), {}, Axes.text
+    prompts = [espl.SystemPrompt(0, [], 20.0, scores=[dict(iteration=0, split="test", score=0.625)])]
+    for i in range(1, 60):
+        parents = rng.choice(range(max(0, i - 8), i), min(i, 1 + (i % 5 == 0) * rng.integers(1, 3)), replace=False)
+        kind = "mutation" if len(parents) == 1 else "crossover"
+        prompts.append(espl.SystemPrompt(i, [str(i)], 20.0 + i / 2, 1.0, kind, parents.tolist(), i))
+    monkeypatch.setattr(Axes, "text", lambda *args, **k: drawn.update({args[3]: (*args[1:3], k)}) or text(*args, **k))
+    run = SimpleNamespace(population=espl.Population(prompts, 200), config=espl.Config(), directory=tmp_path)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        espl.draw_tree(run)
+    assert (tmp_path / "tree.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    at = {s.id: drawn[f"{s.id}\n{s.mu:.1f}"][:2] for s in prompts}
+    assert drawn["0.62"][1] == at[0][1] and len(drawn) == 61
+    [marked] = [s for s, (_, _, k) in drawn.items() if k.get("bbox", {}).get("linewidth", 0) > 1]
+    assert marked.startswith(f"{espl.tested_prompt(run).id}\n")
+    for (x, y), (x2, y2) in itertools.combinations(at.values(), 2):
+        assert y != y2 or abs(x - x2) >= 1
+    assert all(at[s.id][1] > at[i][1] for s in prompts for i in s.parents)
+    svg, edges = (tmp_path / "tree.svg").read_text(), Counter(s.operation for s in prompts for _ in s.parents)
+    for kind, color in (("mutation", "#00bfff"), ("crossover", "#ffa500")):  # a shaft and a head each, and the legend
+        assert svg.count(f"stroke: {color}") == 2 * edges[kind] + 1 and edges[kind] > 5
 
 
 @pytest.mark.parametrize("c, n, k, expected", [(0, 4, 2, 0), (1, 4, 1, 0.25), (1, 4, 2, 0.5), (3, 4, 2, 1)])
@@ -2282,12 +2331,12 @@ def test_pass_at_k(c, n, k, expected):
 
 def test_summary_picks_by_validation():
     curve = enumerate([(0.2, 0.1), (0.5, 0.3), (0.5, 0.9), (0.1, 0.4), (0, 0.4), (0, 0.5)])
-    run = SimpleNamespace(evaluations=[{"iteration": i, "prompt": i, "val": v, "test": t} for i, (v, t) in curve],
-                          task=SimpleNamespace(val=[1]))
-    rows = {name: row["test"] for name, row in espl.summary(run).items()}
-    assert rows == pytest.approx({"base model, prompt 0": 0.1, "iteration 5, prompt 5": 0.5,
-                                  "mean of the last 5 evaluations": 0.5,
-                                  "picked by validation: iteration 1, prompt 1": 0.3})
+    curve = [{"iteration": i, "prompt": i, "val": v, "test": t} for i, (v, t) in curve]
+    rows = {name: row["test"] for name, row in espl.summary(curve).items()}
+    assert rows == pytest.approx({"base model": 0.1, "final": 0.5, "mean of last 5": 0.5, "picked by validation": 0.3})
+    rows = espl.summary(curve[:3])  # the evaluation before training is no part of the mean
+    assert rows["mean of last 5"]["test"] == pytest.approx(0.6)
+    assert espl.summary(curve[:1])["mean of last 5"]["test"] == 0.1
 
 
 # ======================================================================================================================
@@ -2658,7 +2707,7 @@ def test_glyphs_run_like_any_task(glyph_model, tmp_path, capsys, changes):
         patch.setattr(espl, "glyph_problems", lambda seed: (test(seed)[0], test(seed)[1][:5]))
         assert espl.main([*argv, *changes]) == 0
     out = capsys.readouterr().out
-    table = r"mean reward on 5 test problems +T = 1 +greedy\nbase model, prompt 0 +\d\.\d{3} +\d\.\d{3}\n"
+    table = r"mean reward on 5 test problems +T = 1 +greedy\nbase model: iteration 0, prompt 0 +\d\.\d{3} +\d\.\d{3}\n"
     assert re.search(table, out)
     run = SimpleNamespace(directory=tmp_path / "run")
     rollouts = read_lines(run, "rollouts.jsonl")

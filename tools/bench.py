@@ -294,9 +294,7 @@ def main() -> int:
     if args.memory:
         print_memory(args.lora_rank)
         return 0
-    built = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: built.append(seconds) if name.endswith("backend_compile_duration") else None)
+    built = espl.count_programs()
     with tempfile.TemporaryDirectory() as args.scratch:
         try:
             engine, directory = load(args)
