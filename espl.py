@@ -299,9 +299,10 @@ def read_prompts(path: str, task: str) -> dict[str, str]:
     sections = {name: body.strip() for name, body in zip(parts[::2], parts[1::2])}
     texts = {}
     for name, slots in SLOTS.items():
-        texts[name] = sections.get(f"{task}.{name}", sections.get(name))
-        if texts[name] is None:
-            raise UserError(f"{path} has no section [{task}.{name}] or [{name}]; copy it from prompts_seed.txt")
+        found = [sections[key] for key in (f"{task}.{name}", f"math.{name}", name) if key in sections]
+        if not found:
+            raise UserError(f"{path} has no section [math.{name}] or [{name}]; copy it from prompts_seed.txt")
+        texts[name] = found[0]
         if missing := [s for s in slots if "{" + s + "}" not in texts[name]]:
             raise UserError(f"section [{name}] of {path} lacks the slot {{{missing[0]}}}; put it where it belongs")
     return texts
@@ -377,10 +378,11 @@ def read_hub(name: str) -> list[Problem]:
 
 
 def load_task(config: Config) -> Task:
-    """Problems, split into train and validation by the seed, and the texts of config's task."""
-    name, glyphs = config.task or Path(config.train_file).stem, config.task == "glyphs"
-    texts = read_prompts(config.prompts_file or DEFAULT_PROMPTS, "glyphs" if glyphs else "math")
-    hub, made = TASKS.get(config.task, ([], [])), glyph_problems(config.seed) if glyphs else ([], [])
+    """Problems, split into train and validation by the seed, and the texts, reward and language of config's task."""
+    texts = read_prompts(config.prompts_file or DEFAULT_PROMPTS, config.task)
+    hub = TASKS.get(config.task, ([], []))
+    made = glyph_problems(config.seed) if config.task == "glyphs" else ([], [])
+    grade, parse = {"glyphs": (grade_glyphs, parse_glyphs)}.get(config.task, (grade_math, parse_operations))
 
     def read(file, names, made, flag_name):
         problems = read_jsonl(file) if file else made + [p for name in names for p in read_hub(name)]
@@ -397,8 +399,7 @@ def load_task(config: Config) -> Task:
     val, train = [train[i] for i in order[:held]], [train[i] for i in order[held:]]
     if not train:
         raise UserError("every training problem is also a test problem; use another --train-file")
-    language = (grade_glyphs, parse_glyphs) if glyphs else (grade_math, parse_operations)
-    return Task(name, train, val, test, texts, *language)
+    return Task(config.task or Path(config.train_file).stem, train, val, test, texts, grade, parse)
 
 
 @dataclass
@@ -2402,9 +2403,10 @@ def draw_tree(run: Run) -> None:
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(mus), max(mus)), shades)
     edges = {"mutation": dict(color="deepskyblue"), "crossover": dict(color="orange", connectionstyle="arc3,rad=0.15")}
     for s in prompts:
+        look = edges.get(s.operation, {"color": "gray"})
         for i in s.parents:
             axis.annotate("", (x[s.id], depth[s.id] - 0.26), (x[i], depth[i] + 0.28), zorder=1,
-                          arrowprops=dict(arrowstyle="-|>", linewidth=1.3, shrinkA=0, shrinkB=0, **edges[s.operation]))
+                          arrowprops=dict(arrowstyle="-|>", linewidth=1.3, shrinkA=0, shrinkB=0, **look))
         axis.text(x[s.id], depth[s.id], f"{s.id}\n{s.mu:.1f}", ha="center", va="center", fontsize=7, zorder=2,
                   bbox=dict(boxstyle="round", facecolor=scale.to_rgba(s.mu), linewidth=2.5 if s.id == tested else 0.6))
         for e in [e for e in s.scores if e["split"] == "test"][-1:]:

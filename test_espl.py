@@ -93,6 +93,7 @@ MODELS = {  # name: (model_type, settings, [changes which must show in the refer
     "qwen2.5-window": ("qwen2", QWEN2_WINDOW, [dict(sliding_window=7), dict(max_window_layers=1)]),
     "qwen3": ("qwen3", dict(head_dim=10), []),
 }
+FORKED = {"mistral": ("mistral", dict(sliding_window=6), [])}  # which a patch in the README adds
 T, PADDING = 20, [(0, 0), (1, 0), (0, 1), (7, 0), (0, 7), (4, 9), (19, 0), (0, 19)]  # (left, right) of each row
 TOKENS = np.random.default_rng(0).integers(3, 131, (len(PADDING), T))
 REAL = np.array([[left <= t < T - right for t in range(T)] for left, right in PADDING])
@@ -116,7 +117,7 @@ def hf_model(torch, tmp_path_factory):
 
     def make(name):
         if name not in made:
-            model_type, settings, _ = MODELS[name]
+            model_type, settings, _ = (MODELS | FORKED)[name]
             torch.manual_seed(0)
             auto = AutoModelForImageTextToText if model_type == "gemma3" else AutoModelForCausalLM
             model = auto.from_config(hf_config(model_type, **settings), attn_implementation="eager").eval()
@@ -2772,3 +2773,77 @@ def test_the_laboratorys_statistics():
              zip(range(0, 70, 10), (0.1, 0.5, 0.9, 0.2, 0.9, 0.1, 0.3))]
     assert lab.readings(curve) == curve[-1] | {"last": pytest.approx(0.4), "picked": 0.2}
     assert lab.readings(curve[:2])["last"] == 0.1  # the evaluation before training does not count
+
+
+# ======================================================================================================================
+# README.md: its patches do what it says, its tables are those of the results
+# ======================================================================================================================
+
+ROOT = Path(espl.__file__).parent
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """fork(words): espl.py with the README's patch that has these words in it, as a module."""
+    def make(words):
+        [patch] = [p for p in re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if words in p]
+        for name in ("espl.py", "prompts_seed.txt"):
+            shutil.copy(ROOT / name, tmp_path)
+        subprocess.run(["git", "apply"], input=patch, text=True, cwd=tmp_path, check=True)
+        spec = importlib.util.spec_from_file_location("espl_fork", tmp_path / "espl.py")
+        sys.modules["espl_fork"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield make
+    del sys.modules["espl_fork"]
+
+
+def test_fork_with_a_task(fork, tmp_path):
+    forked = fork("grade_words")
+    files = [write_jsonl(tmp_path / name, [{"question": f"{name} {i}?", "answer": "Red fox"} for i in range(9)])
+             for name in ("train", "test")]
+    task = forked.load_task(forked.parse_args(["--task", "words", "--train-file", files[0], "--test-file", files[1]]))
+    assert task.name == "words" and forked.system_text(task, []) == "Answer in one sentence."
+    graded = task.grade([(task.test[0], text) for text in ("A red fox, no less", "the red FOX", "")])
+    assert graded == [(0.5, "wrong"), (1.0, "correct"), (0.0, "wrong")]
+
+
+def test_fork_with_an_operator(fork, monkeypatch):
+    forked = fork("forget")
+    monkeypatch.setattr(forked, "make_ask", lambda run, iteration: lambda request, slots: [""] * len(slots))
+    parent = forked.SystemPrompt(0, ["a", "b", "c"], sigma=1.0)
+    run = SimpleNamespace(config=forked.Config(), population=forked.Population([parent], 200), seconds=Counter(),
+                          task=SimpleNamespace(parse=lambda reply: None))
+    group = forked.Group(forked.Problem("x", "x", ("1",)), ["", ""], [0.0, 1.0])
+    logs = [forked.evolve(run, [parent], [[group]], [0.5], i, np.random.default_rng(i)) for i in range(30)]
+    children = run.population.prompts[1:]
+    assert {tuple(s.principles) for s in children} == {("a", "b"), ("a", "c"), ("b", "c")} and len(children) == 3
+    assert {(s.operation, *s.parents, s.sigma) for s in children} == {("forget", 0, math.sqrt(2))}
+    assert 0 < sum("forget" in log for log in logs) < 20
+
+
+def test_fork_with_a_loss(fork):
+    forked = fork("tis")
+    assert forked.parse_args(["--task", "glyphs", "--loss", "tis"]).loss == "tis"
+    logp, behaviour, advantage = jnp.array([[-1.0, -2, -1]]), jnp.array([[-1.5, -1, -3]]), jnp.array([[1.0], [-2]])
+    slope = jax.grad(lambda x: forked.surrogate(x, behaviour, advantage, forked.Objective("tis"))[0].sum())(logp)
+    np.testing.assert_allclose(slope, [[-math.exp(0.5), -math.exp(-1), -2]], rtol=1e-6)  # times 1 - 2, the advantages
+
+
+def test_fork_with_a_model_family(fork, hf_model, monkeypatch):
+    directory, _, expected = hf_model("mistral")
+    with pytest.raises(espl.UserError, match="mistral"):
+        load(directory)
+    forked = fork("mistral")
+    monkeypatch.setitem(globals(), "espl", forked)
+    assert_close(logits(load(directory)), expected, 1e-4)
+
+
+def test_readme_tables_are_those_of_the_results():
+    spec = importlib.util.spec_from_file_location("lab", ROOT / "tools" / "lab.py")
+    spec.loader.exec_module(lab := importlib.util.module_from_spec(spec))
+    text, results = (ROOT / "README.md").read_text(), json.loads((ROOT / "docs" / "results.json").read_text())
+    assert lab.readme(text, results) == text and text.count("<!-- end -->") == 4
+    results["compare"]["curves"]["rl"][0][-1]["test"] += 0.5
+    assert lab.readme(text, results) != text

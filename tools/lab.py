@@ -55,15 +55,20 @@ def perfect_prompts(seed: int, directory: Path) -> str:
     return str(path)
 
 
-def finished_run(name: str, flags: list[str], seed: int, out: Path) -> tuple[espl.Config, dict]:
-    """Config, and evaluations and closing report, of one run; from its directory if it is finished there."""
+def config_of(name: str, flags: list[str], seed: int, out: Path) -> espl.Config:
+    """Config of one run of a row."""
     directory = out / f"{re.sub(r'[^a-z0-9_=.]+', '-', name)}-{seed}"
     prompts = ["--prompts-file", perfect_prompts(seed, out)] if name == PERFECT else []
-    config = espl.parse_args([*flags, *prompts, "--seed", str(seed), "--run-dir", str(directory)])
-    path, wanted = directory / "finished.json", {k: v for k, v in vars(config).items() if k != "run_dir"}
+    return espl.parse_args([*flags, *prompts, "--seed", str(seed), "--run-dir", str(directory)])
+
+
+def finished_run(config: espl.Config) -> dict:
+    """Evaluations and closing report of one run; from its directory if it is finished there."""
+    path = Path(config.run_dir) / "finished.json"
+    wanted = {k: v for k, v in vars(config).items() if k != "run_dir"}
     if path.is_file() and (done := json.loads(path.read_text()))["config"] == wanted:
-        return config, done
-    shutil.rmtree(directory, ignore_errors=True)
+        return done
+    shutil.rmtree(config.run_dir, ignore_errors=True)
     jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
     run = espl.start_run(config)
     espl.train(run)
@@ -71,7 +76,7 @@ def finished_run(name: str, flags: list[str], seed: int, out: Path) -> tuple[esp
     curve = [{k: e[k] for k in keep if k in e} for e in run.evaluations]
     report = espl.closing_report(run).partition("\n\nfiles:")[0]
     path.write_text(json.dumps({"config": wanted, "curve": curve, "report": report}))
-    return config, json.loads(path.read_text())
+    return json.loads(path.read_text())
 
 
 def settings(text: str) -> dict[str, list[str]]:
@@ -229,12 +234,14 @@ def run_all(args, extra: list[str]) -> dict:
     elif args.perfect:
         raise espl.UserError("--perfect is for the embedded world only")
     args.out.mkdir(parents=True, exist_ok=True)
-    seeds, rows, bar = seed_list(args.seeds), plan(args), espl.progress
+    seeds, bar = seed_list(args.seeds), espl.progress
+    configs = [(name, config_of(name, [*extra, *flags], seed, args.out))  # what is wrong is said before the first run
+               for name, flags in plan(args).items() for seed in seeds]
     section = {"command": sys.argv[1:], "seeds": seeds, "curves": {}, "rho": {}, "report": ""}
     espl.print_line = lambda *_: None
     espl.progress = lambda items=None, **_: espl.tqdm(disable=True) if items is None else items  # one bar is enough
-    for name, seed in bar([(name, seed) for name in rows for seed in seeds], desc=args.command):
-        config, found = finished_run(name, [*extra, *rows[name]], seed, args.out)
+    for name, config in bar(configs, desc=args.command):
+        found = finished_run(config)
         section["curves"].setdefault(name, []).append(found["curve"])
         section["report"] = section["report"] or found["report"] * (name == "espl")
         if args.command == "ratings":
