@@ -3,6 +3,7 @@
     python espl.py                                               # all of it in minutes, on any machine (section 8)
     python espl.py --task aime                                   # AIME -> BeyondAIME with Qwen/Qwen3-1.7B from the hub
     python espl.py --task aime --mode rl                         # a baseline: evolution | reflection | rl
+    python espl.py --task search --corpus-file passages.jsonl    # a search tool, called in several turns
     python espl.py --resume runs/aime-espl-20260214-120000       # go on after the last complete iteration
 
 Each iteration samples rollouts under several system prompts of a population, takes one policy-gradient step on the
@@ -31,6 +32,8 @@ Where this file departs from the paper (P) or from its released code (C), and wh
     lets "B.G0" overwrite A's G0 and creates principles from invented ids.
  9. A principle that gives away a problem the reflector was shown, or its answer, is dropped (unless --allow-leaks).
 10. A batch without a learning signal is a logged no-op. Adam's state and the population survive --resume exactly.
+11. Search: C has no such task. BM25 over a local file; a response that ends at the limit of calls or of tokens is
+    graded as it stands, so it gets the -0.1 of one without an answer.
 """
 
 import argparse
@@ -39,11 +42,13 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import random
 import re
 import shutil
+import string
 import subprocess
 import sys
 import tempfile
@@ -83,6 +88,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def cache_directory() -> Path:
+    """Where this user's embedded model and search indexes are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espl"
+
+
 def progress(iterable=None, **kwargs):
     """A progress bar that vanishes when done, so that the log keeps one line an iteration."""
     return tqdm(iterable, leave=False, dynamic_ncols=True, disable=None, **kwargs)
@@ -104,12 +114,15 @@ TASKS = {  # --task: (train sets, test sets), each a "data set of the hub:split"
     "dapo": (["BytedTsinghua-SIA/DAPO-Math-17k:train"], ["yentinglin/aime_2025:train"]),
     "glyphs": ([], []),  # made by the program (section 8)
     "hmmt": ([f"MathArena/hmmt_feb_{y}:train" for y in (2023, 2024, 2025)], ["MathArena/hmmt_nov_2025:train"]),
+    "search": (["PeterJinGo/nq_hotpotqa_train:train"], ["PeterJinGo/nq_hotpotqa_train:test"]),
 }
-GLYPHS_DEFAULTS = dict(  # --task glyphs: what a model of 146k parameters needs instead of the paper's values
-    model="embedded", lora_rank=0, train_size=416, learning_rate=3e-4, max_grad_norm=1.0, temperature=1.0, top_p=1.0,
-    max_new_tokens=32, iterations=60, reflect_on="failures", reflect_problems=4, max_operations=1, reflect_tokens=128,
-    reflect_temperature=0.5, max_principles=14, test_samples=2, test_greedy=True, save_every=10,
-    microbatch_tokens=7200)
+TASK_DEFAULTS = {
+    "search": dict(train_size=196, test_size=64),
+    "glyphs": dict(  # what a model of 146k parameters needs instead of the paper's values
+        model="embedded", lora_rank=0, train_size=416, learning_rate=3e-4, max_grad_norm=1.0, temperature=1.0,
+        top_p=1.0, max_new_tokens=32, iterations=60, reflect_on="failures", reflect_problems=4, max_operations=1,
+        reflect_tokens=128, reflect_temperature=0.5, max_principles=14, test_samples=2, test_greedy=True, save_every=10,
+        microbatch_tokens=7200)}
 MODES = ("espl", "evolution", "reflection", "rl")
 LOSSES = ("importance_sampling", "ppo", "cispo", "reinforce")
 
@@ -126,7 +139,9 @@ class Config:
     task: str = flag("", "Task", "train -> test problems; glyphs (no download) if none is given", choices=tuple(TASKS))
     train_file: str = flag("", "Task", "JSONL of training problems instead (fields: README)")
     test_file: str = flag("", "Task", "JSONL of test problems instead")
+    corpus_file: str = flag("", "Task", "search: JSONL of the passages that are searched (fields: README)")
     train_size: int = flag(256, "Task", "most training problems, validation included", low=1)
+    test_size: int = flag(0, "Task", "most test problems, drawn by the seed (0: all)", low=0)
     val_size: int = flag(16, "Task", "training problems set aside to pick by; at most a fifth of them", low=0)
     prompts_file: str = flag("", "Task", "what is said to the model (default: prompts_seed.txt beside espl.py)")
 
@@ -158,7 +173,8 @@ class Config:
 
     temperature: float = flag(0.6, "Sampling", "of rollouts; the policy is the tempered distribution", low=1e-3)
     top_p: float = flag(0.95, "Sampling", "nucleus mass of rollouts", low=1e-6, high=1)
-    max_new_tokens: int = flag(15000, "Sampling", "longest response", low=1)
+    max_new_tokens: int = flag(15000, "Sampling", "longest response, with the replies of tools", low=1)
+    max_tool_calls: int = flag(4, "Sampling", "calls of tools in a response; one more ends it", low=0)
     context: int = flag(0, "Sampling", "most tokens of prompt and response (0: what the model was made for)", low=0)
     slots: int = flag(0, "Sampling", "most rollouts decoded at once (0: as memory allows)", low=0)
     prompt_role: str = flag("system", "Sampling", "turn that carries the system prompt", choices=("system", "user"))
@@ -215,7 +231,7 @@ def parse_args(argv: list[str]) -> Config:
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
             type=kind, choices=m["choices"], metavar=None if m["choices"] else kind.__name__.upper())
         symbol = f"[{m['symbol']}] " if m["symbol"] else ""
-        other = f"; for glyphs {GLYPHS_DEFAULTS[f.name]}" if f.name in GLYPHS_DEFAULTS else ""
+        other = "".join(f"; for {task} {own[f.name]}" for task, own in TASK_DEFAULTS.items() if f.name in own)
         default = f" (default: {f.default}{other})" if f.default != "" else ""
         groups[m["group"]].add_argument("--" + f.name.replace("_", "-"), help=symbol + m["text"] + default, **how)
 
@@ -224,10 +240,11 @@ def parse_args(argv: list[str]) -> Config:
 
     parser.error = stop  # instead of the usage on many lines
     given = vars(parser.parse_args(argv))
+    if "corpus_file" in given and given.setdefault("task", "search") != "search":
+        raise UserError("--corpus-file is for --task search; leave it out")
     if not given.keys() & {"task", "train_file", "test_file", "resume"}:
         given["task"] = "glyphs"
-    saved = GLYPHS_DEFAULTS if given.get("task") == "glyphs" else {}
-    saved = saved | ({"ucb_lambda": 0.0} if given.get("rating") == "last" else {})
+    saved = TASK_DEFAULTS.get(given.get("task"), {}) | ({"ucb_lambda": 0.0} if given.get("rating") == "last" else {})
     if given.get("resume"):
         path = Path(given["resume"]) / "config.json"
         try:
@@ -282,6 +299,7 @@ class Task:
     texts: dict[str, str]                      # this task's sections of prompts_seed.txt
     grade: Callable[[list[tuple[Problem, str]]], list[tuple[float, str]]]  # responses -> (reward in [0, 1], outcome)
     parse: Callable[[str], list[dict] | None]  # operations in a reply; None: unreadable
+    tools: dict[str, Callable[..., str]] = field(default_factory=dict)  # what the model may call while it responds
 
     @property
     def root(self) -> list[str]:
@@ -323,11 +341,24 @@ def listing(principles: dict[str, str]) -> str:
     return "\n".join(f"[{i}] {text}" for i, text in principles.items()) or "(none)"
 
 
-def system_text(task: Task, principles: list[str]) -> str:
-    """The system prompt s as the model reads it; without principles their paragraph is left out."""
+def system_text(task: Task, principles: list[str], tools: str = "") -> str:
+    """The system prompt s as the model reads it; the paragraphs of principles and tools are left out without them."""
+    slots = {"principles": listing(numbered(principles)) if principles else "", "tools": tools}
     paragraphs = task.texts["system"].split("\n\n")
-    kept = [p for p in paragraphs if principles or "{principles}" not in p]
-    return fill("\n\n".join(kept), {"principles": listing(numbered(principles))})
+    kept = [p for p in paragraphs if all(text for name, text in slots.items() if f"{{{name}}}" in p)]
+    return fill("\n\n".join(kept), slots)
+
+
+def rollout_ids(task: Task, chat: "Chat", principles: list[str], problem: Problem) -> list[int]:
+    """Token ids of (s, x): the system prompt, the tools, whose description never changes, and the question."""
+    from transformers.utils import get_json_schema
+    schemas = [get_json_schema(tool) for tool in task.tools.values()]
+    for name, schema in zip(task.tools, schemas):
+        schema["function"]["name"] = name
+    if chat.explains(schemas):
+        return chat.ids(system_text(task, principles), problem.question, schemas)
+    described = "\n".join(json.dumps(schema["function"]) for schema in schemas)
+    return chat.ids(system_text(task, principles, described), problem.question)
 
 
 def to_problem(record: Any, where: str) -> Problem:
@@ -347,21 +378,37 @@ def to_problem(record: Any, where: str) -> Problem:
     return Problem(where, question.strip(), answers)
 
 
-def read_jsonl(path: str) -> list[Problem]:
-    """Problems of a JSONL file, one a line. Raises UserError with file and line number."""
+def read_records(path: str):
+    """("file:line", record) for each line of a JSONL file. Raises UserError with file and line number."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {path}: {first_line(e)}") from e
-    problems = []
     for n, line in enumerate(lines, 1):
         if line.strip():
             try:
-                record = json.loads(line)
+                yield f"{path}:{n}", json.loads(line)
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{path}:{n}: not JSON ({first_line(e)}); mend or remove this line") from e
-            problems.append(to_problem(record, f"{path}:{n}"))
-    return problems
+
+
+def read_jsonl(path: str) -> list[Problem]:
+    """Problems of a JSONL file, one a line. Raises UserError with file and line number."""
+    return [to_problem(record, where) for where, record in read_records(path)]
+
+
+def read_passages(path: str) -> list[str]:
+    """Title and text of the passages of a JSONL file. Raises UserError with file and line number."""
+    passages = []
+    for where, record in read_records(path):
+        match record:
+            case {"text": str(text)}:
+                passages.append(f"{record.get('title') or ''}\n{text}".strip())
+            case _:
+                raise UserError(f'{where}: not a passage; write {{"id": …, "title": …, "text": …}} on each line')
+    if not passages:
+        raise UserError(f"there is no passage in {path}; choose another --corpus-file")
+    return passages
 
 
 def read_hub(name: str) -> list[Problem]:
@@ -382,7 +429,11 @@ def load_task(config: Config) -> Task:
     texts = read_prompts(config.prompts_file or DEFAULT_PROMPTS, config.task)
     hub = TASKS.get(config.task, ([], []))
     made = glyph_problems(config.seed) if config.task == "glyphs" else ([], [])
-    grade, parse = {"glyphs": (grade_glyphs, parse_glyphs)}.get(config.task, (grade_math, parse_operations))
+    languages = {"glyphs": (grade_glyphs, parse_glyphs), "search": (grade_search, parse_operations)}
+    grade, parse = languages.get(config.task, (grade_math, parse_operations))
+    tools = {"search": search_tool(config.corpus_file)} if config.task == "search" else {}
+    if tools and "{tools}" not in texts["system"]:
+        raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
 
     def read(file, names, made, flag_name):
         problems = read_jsonl(file) if file else made + [p for name in names for p in read_hub(name)]
@@ -394,12 +445,15 @@ def load_task(config: Config) -> Task:
     test = read(config.test_file, hub[1], made[1], "--test-file")
     seen = {p.question for p in test}
     train = [p for p in train if p.question not in seen]  # never train on a test problem
+    if 0 < config.test_size < len(test):
+        rng = np.random.default_rng([config.seed, zlib.crc32(b"test")])
+        test = [test[i] for i in sorted(rng.choice(len(test), config.test_size, replace=False))]
     order = np.random.default_rng([config.seed, zlib.crc32(b"split")]).permutation(len(train))[: config.train_size]
     held = min(config.val_size, len(order) // 5)
     val, train = [train[i] for i in order[:held]], [train[i] for i in order[held:]]
     if not train:
         raise UserError("every training problem is also a test problem; use another --train-file")
-    return Task(config.task or Path(config.train_file).stem, train, val, test, texts, grade, parse)
+    return Task(config.task or Path(config.train_file).stem, train, val, test, texts, grade, parse, tools)
 
 
 @dataclass
@@ -413,7 +467,18 @@ class Chat:
     role: str = "system"
     thinking: bool = True
 
-    def ids(self, system: str, user: str) -> list[int]:
+    def render(self, messages: list[dict], tools=None) -> str:
+        """Text of a conversation that ends where the model's next turn begins."""
+        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True,
+                                                  enable_thinking=self.thinking, date_string="26 Jul 2024")
+
+    def explains(self, schemas: list[dict]) -> bool:
+        """Whether the chat template itself tells the model of tools, and of <tool_call> as the way to call them."""
+        with contextlib.suppress(Exception):  # jinja2's TemplateError, or there is no template at all
+            return bool(schemas) and "<tool_call>" in self.render([{"role": "user", "content": "-"}], schemas)
+        return False
+
+    def ids(self, system: str, user: str, schemas: list[dict] | None = None) -> list[int]:
         """Token ids of the prompt that ends where the model's turn begins."""
         if not self.tokenizer.chat_template:
             return self.tokenizer("".join(t + "\n\n" for t in (system, user) if t)).input_ids
@@ -423,8 +488,7 @@ class Chat:
         error = ValueError("it drops the text")
         for messages in [apart, joined] if system and self.role == "system" else [joined]:
             try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                          enable_thinking=self.thinking, date_string="26 Jul 2024")
+                text = self.render(messages, schemas)
             except Exception as e:  # jinja2's TemplateError: "System role not supported"
                 error = e
                 continue
@@ -432,11 +496,117 @@ class Chat:
                 return self.tokenizer(text, add_special_tokens=False).input_ids  # the template wrote BOS itself
         raise UserError(f"the tokenizer's chat template fails ({first_line(error)}); mend chat_template")
 
-    def text(self, tokens: list[int], prompt: list[int] = ()) -> str:
-        """A response as text, without special tokens; with the <think> that some templates open for it."""
-        opened = self.tokenizer.decode(list(prompt[-4:])).rstrip().endswith("<think>")
-        return "<think>" * opened + self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def tool_turn(self, reply: str) -> list[int]:
+        """Token ids of a tool's reply: they end the model's turn and begin its next one.
 
+        In the template's own tool role, or as a user's turn in tags where it has none; without a template only in tags.
+        """
+        reply = CONTROL.sub("", reply)  # no text of a tool may end its turn
+        tagged, mark = f"<tool_response>\n{reply}\n</tool_response>", "what the model said"
+        for turn in {"role": "tool", "content": reply}, {"role": "user", "content": tagged}:
+            messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}, turn]
+            with contextlib.suppress(Exception):  # jinja2's TemplateError, or there is no template at all
+                after = self.render(messages).rpartition(mark)[2]
+                if reply.strip() in after:
+                    return self.tokenizer(after, add_special_tokens=False).input_ids
+        return self.tokenizer(f"\n{tagged}\n", add_special_tokens=False).input_ids
+
+    def text(self, tokens: list[int], prompt: list[int] = (), special: bool = False) -> str:
+        """A response as text, with or without special tokens; with the <think> that some templates open for it."""
+        opened = self.tokenizer.decode(list(prompt[-4:])).rstrip().endswith("<think>")
+        return "<think>" * opened + self.tokenizer.decode(tokens, skip_special_tokens=not special)
+
+
+# ---- Tools: functions of keyword arguments that return a text. Signature and docstring are what the model is told.
+
+CONTROL = re.compile(  # text that could leave its turn when tokenised
+    r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>|</?tool_(?:call|response)>")
+LONGEST_CALL = 4_000  # characters
+
+
+def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
+    """What a tool replies to the call with which `text`, a turn of the model, ends; of a malformed call, why it is.
+
+    A call is <tool_call>{"name": …, "arguments": {…}}</tool_call>. Never raises.
+    """
+    before, tag, call = text.partition("</tool_call>")[0].partition("<tool_call>")
+    if not tag:
+        return "Error: </tool_call> without <tool_call> before it."
+    if "<think>" in before.rpartition("</think>")[2]:
+        return "Error: a call inside <think> is not made. Write </think> first."
+    if "<tool_call>" in call or len(call) > LONGEST_CALL:
+        return f"Error: one call in each <tool_call></tool_call>, of at most {LONGEST_CALL} characters."
+    try:
+        match json.loads(call):
+            case {"name": str(name), "arguments": dict(arguments)} if name in tools:
+                return str(tools[name](**arguments))
+            case {"name": str(), "arguments": dict()}:
+                return f"Error: unknown tool. There is: {', '.join(tools)}."
+        return 'Error: write <tool_call>{"name": …, "arguments": {…}}</tool_call>.'
+    except Exception as e:  # of JSON, of the arguments, or of the tool itself
+        return f"Error: {first_line(e)}"
+
+
+def search_tool(corpus_file: str) -> Callable[..., str]:
+    """The tool `search`: the three best passages of a JSONL file (id, title, text) for each query, by BM25.
+
+    The index is kept in the user's cache. Raises UserError for a file that cannot be read.
+    """
+    import bm25s
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    if not corpus_file:
+        raise UserError('--task search needs --corpus-file: JSONL, {"id": …, "title": …, "text": …} on each line')
+    passages = read_passages(corpus_file)
+    path = cache_directory() / f"bm25-{hashlib.sha256(json.dumps(passages).encode()).hexdigest()[:16]}"
+    words = partial(bm25s.tokenize, stopwords="en", show_progress=False)
+    try:
+        index = bm25s.BM25.load(path, mmap=True)
+    except Exception:  # not there, or not complete
+        index = bm25s.BM25()
+        index.index(words(passages), show_progress=False)
+        try:
+            index.save(path, show_progress=False)
+        except OSError as e:
+            warn(f"could not keep the search index in {path}: {first_line(e)}")
+
+    def search(query_list: list[str]) -> str:
+        """Searches an encyclopedia and returns the best passages for each query.
+
+        Args:
+            query_list: Questions or key words. Each is searched on its own.
+        """
+        if not isinstance(query_list, list) or not all(isinstance(q, str) for q in query_list):
+            raise ValueError("query_list must be a list of texts")
+        replies = []
+        for query in query_list[:4]:
+            found, scores = index.retrieve(words([query]), k=min(3, len(passages)), show_progress=False)
+            hits = [passages[i] for i, score in zip(found[0], scores[0]) if score > 0]
+            replies.append("\n\n".join([f"Query: {query}", *(hits or ["Nothing found."])]))
+        return "\n\n".join(replies) or "Error: query_list is empty."
+
+    return search
+
+
+def plain_words(text: str) -> list[str]:
+    """Words of an answer to compare: in lower case, without punctuation and articles."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in kept.split() if word not in ("a", "an", "the")]
+
+
+def grade_search(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
+    """(reward, outcome) of each response: EM + 0.1 (format - 1), on the model's last turn.
+
+    format: there is exactly one "Answer:"; EM: what follows it equals one of the accepted answers.
+    """
+    graded = []
+    for problem, text in pairs:
+        said = final_text(text).split("Answer:")
+        right = len(said) == 2 and any(plain_words(said[1]) == plain_words(gold) for gold in problem.answers)
+        graded.append((1.0, "correct") if right else (0.0, "wrong") if len(said) == 2 else (-0.1, "no_answer"))
+    return graded
+
+
+# ---- Grading mathematics ----
 
 # sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often inside one C call which no exception interrupts.
 # So a process of its own forks one child for each answer, and the kernel enforces both limits on that child: SIGALRM
@@ -614,7 +784,6 @@ def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: 
 
 # ---- Operations: what a reflection may do to a list of principles ----
 
-CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # would leave the system turn when tokenised
 FIELD = re.compile(  # "name": "text" or a list, or the end of the object
     r'"(\w+)"\s*:\s*("(?:[^"\\]|\\.)*+"|\[(?:[^][{}"]|"[^"]*")*+\])|\}', re.S)
 BACKSLASH = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq), or (group 1) one to be doubled
@@ -752,6 +921,10 @@ class Group:
     def graded(self) -> list[str]:  # "correct" means a reward of at least a half
         return ["correct" if r >= 0.5 else "wrong" for r in self.rewards]
 
+    @property
+    def contrast(self) -> bool:  # 0 < V[i, b] < 1, or successes and failures, as a reward may be negative
+        return 0 < self.value < 1 or len(set(self.graded)) == 2
+
 
 def critique_slots(problem: Problem, principles: dict, summaries: list[tuple[str, str]], max_operations: int) -> dict:
     """Slots of a critique request: one problem, with the (grade, summary) of each rollout."""
@@ -778,8 +951,8 @@ def crossover_slots(sets: dict[str, list[str]], wins: list[tuple[str, int, Probl
 def mutate(parent: SystemPrompt, groups: list[Group], ask, task: Task, config: Config, log: dict) -> list[str] | None:
     """Principles of a child of the best prompt, from contrasting its successes and failures; None: no child (log says
     why).   (Alg. 1, mutation step; appendix LLM-Based Self-Reflection: summarise, critique, aggregate, apply)"""
-    wanted = {"contrast": lambda v: 0 < v < 1, "failures": lambda v: v < 1, "all": lambda v: True}[config.reflect_on]
-    chosen = [g for g in groups if wanted(g.value)][: config.reflect_problems or None]
+    wanted = {"contrast": lambda g: g.contrast, "failures": lambda g: g.value < 1, "all": lambda g: True}
+    chosen = [g for g in groups if wanted[config.reflect_on](g)][: config.reflect_problems or None]
     if not chosen:
         log["mutation"] = f"none: no problem to reflect on ({config.reflect_on})"
         return None
@@ -1306,10 +1479,19 @@ class SamplingParams(NamedTuple):
 
 @dataclass
 class Response:
-    """A sampled response. The end-of-sequence token, if it came, is part of it and is trained on."""
+    """A sampled response. The end-of-sequence token, if it came, is part of it and is trained on.
+
+    With tools it has several turns of the model, and what the tools replied in between.
+    """
     tokens: list[int]
-    logprobs: list[float]  # behaviour log-probability of each token under the distribution it was drawn from
-    stop: str              # "eos", or "length": cut by max_new_tokens or by the context
+    logprobs: list[float | None]  # behaviour log-probability of each token; None: it is of a tool, nothing sampled it
+    stop: str       # "eos"; "length": cut by max_new_tokens or by the context; "calls": too many calls of tools
+    calls: int = 0  # of tools
+
+    @property
+    def turn(self) -> int:
+        """Where the model's latest turn begins in `tokens`."""
+        return next((i for i in range(len(self.tokens), 0, -1) if self.logprobs[i - 1] is None), 0)
 
 
 def bucket(n: int, least: int = 128) -> int:
@@ -1382,6 +1564,14 @@ def admit(cache, prefix, slot):
             for i, layer in enumerate(cache)]
 
 
+@partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def extend(graphdef, theta, frozen, layers, cache, row_R, token_RT, position_RT):
+    """The cache with more tokens in some of its rows, which see those before them. A row beyond the last is padding."""
+    rows = jax.tree.map(lambda x: x.at[row_R].get(mode="clip"), cache)
+    _, rows = nnx.merge(graphdef, theta, frozen)(token_RT, position_RT, None, rows, layers)
+    return jax.tree.map(lambda x, new: x.at[row_R].set(new, mode="drop"), cache, rows)
+
+
 @partial(jax.jit, static_argnames="length")  # not donated: no buffer has the new shape
 def resize(cache, rows, length):
     """The cache with only these rows, and room for `length` tokens in each."""
@@ -1430,11 +1620,33 @@ class Engine:
     context: int                 # most tokens of prompt + response
     slots: int = 64              # most rows of the cache
     cache_tokens: int = 2**40    # most tokens that all rows together may hold
+    pause_ids: tuple[int, ...] = ()  # tokens that end a call of a tool; without, only every DECODE_CHUNK steps are seen
+
+
+def padded(parts: list[tuple[list[int], int]], rows: int, length: int):
+    """(tokens, position of the first) of each part as tokens and positions [rows, length], with padding at the end."""
+    ids, at = np.zeros((rows, length), np.int32), np.full((rows, length), PAD_POSITION, np.int32)
+    for row, (tokens, start) in enumerate(parts):
+        ids[row, :len(tokens)], at[row, :len(tokens)] = tokens, start + np.arange(len(tokens))
+    return ids, at
+
+
+def feed(model, layers, cache, owner: list, replied: dict, multiple: int):
+    """The cache with what tools replied to the rollouts that own its rows; these leave `replied`, which holds tokens
+    and the position of the first."""
+    rows = [s for s, o in enumerate(owner) if o in replied]
+    parts, R = [replied.pop(owner[s]) for s in rows], row_count(len(rows), len(owner), multiple)
+    ids, at = padded(parts, R, bucket(max(len(tokens) for tokens, _ in parts), 64))
+    return extend(*model, layers, cache, np.array(rows + [len(owner)] * (R - len(rows))), ids, at)
 
 
 def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int], sampling: SamplingParams,
-             seed: tuple[int, int], label: str = "sampling", done=lambda g, responses: None) -> list[list[Response]]:
+             seed: tuple[int, int], label: str = "sampling", done=lambda g, responses: None,
+             environment=None) -> list[list[Response]]:
     """counts[g] responses to each tokenised prompt, from pi_theta. done(g, responses) is called when all of g ended.
+
+    environment(g, response), if given, looks at a response whenever more of it was sampled. None: it goes on. Or it
+    cuts the response and returns the tokens of a tool's reply, after which the model goes on; [] ends the response.
 
     A response depends on the weights, `seed`, its prompt, g and its number alone, not on slots or company. A prompt
     that leaves no room in the context gets empty responses with stop "length".
@@ -1450,7 +1662,6 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
         done(g, responses[g])
     if not queue:
         return responses
-    keys = [np.random.SeedSequence([*seed, g, j]).generate_state(2) for g, j in queue]  # uint32[2]: a threefry key
     data = policy.mesh.shape["data"]
     size = lambda n: min(bucket(n), -(-engine.context // 128) * 128)
     longest = size(max(len(prompts[g]) + room[g] for g, _ in queue))
@@ -1459,19 +1670,19 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
     key_S, owner, prefilled, admitted = np.zeros((S, 2), np.uint32), [None] * S, None, 0
     length = size(max(len(prompts[g]) for g, _ in queue) + DECODE_CHUNK)
     cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(cfg, S, length)
-    layers = unstack(policy.graphdef, theta, policy.frozen)
-    bar = progress(total=len(queue), desc=label)
+    model = policy.graphdef, theta, policy.frozen
+    layers, bar = unstack(*model), progress(total=len(queue), desc=label)
+    stop_ids = np.array(engine.eos_ids + (engine.pause_ids if environment else ()))
+    replied = {}  # rollout: tokens of a tool that are not in the cache yet, and the position of the first
     while admitted < len(queue) or any(owner):
         for s in [s for s in range(S) if owner[s] is None][: len(queue) - admitted]:
             g, j = owner[s] = queue[admitted]
             if g != prefilled:  # once for all its rollouts: they are neighbours in the queue
-                prefilled, n = g, len(prompts[g]) - 1
-                ids, at = np.zeros((1, size(n)), np.int32), np.full((1, size(n)), PAD_POSITION, np.int32)
-                ids[0, :n], at[0, :n] = prompts[g][:-1], np.arange(n)
-                prefix = prefill(policy.graphdef, theta, policy.frozen, ids, at)
+                prefilled = g
+                prefix = prefill(*model, *padded([(prompts[g][:-1], 0)], 1, size(len(prompts[g]) - 1)))
             cache = admit(cache, prefix, s)
             token[s], position[s], remaining[s] = prompts[g][-1], len(prompts[g]) - 1, room[g]
-            key_S[s] = keys[admitted]
+            key_S[s] = np.random.SeedSequence([*seed, g, j]).generate_state(2)  # uint32[2]: a threefry key
             admitted += 1
         order = sorted(range(S), key=lambda s: owner[s] is None)  # live rows first
         live = S - owner.count(None)
@@ -1483,19 +1694,29 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
             S, length, order = fewer, max(length, size(need)), order[:fewer]
             cache, owner = resize(cache, np.array(order), length), [owner[s] for s in order]
             token, position, remaining, key_S = (x[order] for x in (token, position, remaining, key_S))
-        cache, *state = decode_chunk(policy.graphdef, theta, policy.frozen, layers, cache, token, position, remaining,
-                                     key_S, np.array(engine.eos_ids), sampling.temperature, sampling.top_p)
+        if replied:
+            cache = feed(model, layers, cache, owner, replied, data)
+        cache, *state = decode_chunk(*model, layers, cache, token, position, remaining, key_S, stop_ids,
+                                     sampling.temperature, sampling.top_p)
         token, position, remaining, tokens, logprobs = (np.array(x) for x in state)
         for s in [s for s in range(S) if owner[s]]:
-            r, n = responses[owner[s][0]][owner[s][1]], int((tokens[:, s] >= 0).sum())
+            (g, j), n = owner[s], int((tokens[:, s] >= 0).sum())
+            r = responses[g][j]
             r.tokens += tokens[:n, s].tolist()
             r.logprobs += logprobs[:n, s].tolist()
-            if remaining[s] == 0:
-                r.stop = "eos" if r.tokens[-1] in engine.eos_ids else "length"
-                unfinished[owner[s][0]] -= 1
-                if not unfinished[owner[s][0]]:
-                    done(owner[s][0], responses[owner[s][0]])
-                owner[s] = None
+            reply = environment(g, r) if environment else None
+            if reply and len(r.tokens) + len(reply) < room[g]:
+                at = len(prompts[g]) + len(r.tokens) - 1  # of the last sampled token, which has not been fed yet
+                replied[g, j] = r.tokens[-1:] + reply[:-1], at
+                r.tokens += reply
+                r.logprobs += [None] * len(reply)
+                token[s], position[s], remaining[s] = reply[-1], at + len(reply), room[g] - len(r.tokens)
+            elif reply is not None or remaining[s] == 0:  # a reply that does not fit ends the response
+                r.stop = "eos" if reply is None and r.tokens[-1] in engine.eos_ids else r.stop
+                unfinished[g] -= 1
+                if not unfinished[g]:
+                    done(g, responses[g])
+                owner[s], remaining[s] = None, 0
                 bar.update()
     bar.close()
     return responses
@@ -1563,7 +1784,9 @@ def load_engine(config: Config) -> tuple[Engine, Chat]:
     eos = stop_tokens(directory, tokenizer, cfg.vocab_size)
     policy = load_policy(directory, cfg, mesh, config.seed)
     slots = config.slots or (64 if jax.default_backend() == "cpu" else 512)
-    engine = Engine(policy, eos, config.context or cfg.max_context, slots, cache_tokens(policy))
+    tag = tokenizer("</tool_call>", add_special_tokens=False).input_ids
+    engine = Engine(policy, eos, config.context or cfg.max_context, slots, cache_tokens(policy),
+                    tuple(tag) if len(tag) == 1 else ())
     return engine, Chat(tokenizer, config.prompt_role, config.thinking)
 
 
@@ -1586,7 +1809,7 @@ class Sample:
     """A rollout as the trainer sees it."""
     prompt: list[int]
     tokens: list[int]
-    logprobs: list[float]  # of the behaviour policy
+    logprobs: list[float | None]  # of the behaviour policy; None: a token of a tool, which has no part in the loss
     advantage: float
 
 
@@ -1721,7 +1944,8 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
             n = len(s.tokens)  # inputs begin with the last prompt token; targets are the response
             batch["token"][i, :n], batch["target"][i, :n] = s.prompt[-1:] + s.tokens[:-1], s.tokens
             batch["position"][i, :n] = len(s.prompt) - 1 + np.arange(n)
-            batch["mask"][i, :n], batch["behaviour"][i, :n] = True, s.logprobs
+            batch["mask"][i, :n] = [p is not None for p in s.logprobs]
+            batch["behaviour"][i, :n] = [p or 0.0 for p in s.logprobs]
         yield batch
 
 
@@ -2078,7 +2302,7 @@ def embedded_model(config: Config) -> str:
     shape = [texts, int(number), WORDS, WORD, tables, HARD, CHAT_TEMPLATE, PRETRAIN_STEPS, PRETRAIN_ROWS,
              PRETRAIN_LENGTH, GATES]
     key = hashlib.sha256(repr([*shape, *map(inspect.getsource, code)]).encode()).hexdigest()[:16]
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espl" / f"embedded-{key}"
+    directory = cache_directory() / f"embedded-{key}"
     if (directory / "probe.json").is_file():
         return str(directory)
     for seed in range(int(number), int(number) + 5):
@@ -2146,6 +2370,24 @@ def timed(run: Run, phase: str):
         run.seconds[phase] += time.perf_counter() - start
 
 
+def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list[int] | None:
+    """The `environment` of `generate`: if the model's turn holds a call of a tool, cuts the response after it and
+    returns the tokens of the reply, or [] after too many calls."""
+    start, tag = r.turn, "</tool_call>"
+    seen = max(start, len(r.tokens) - DECODE_CHUNK - 16)  # what is before was looked at before
+    called = lambda end: tag in run.chat.text(r.tokens[seen:end], special=True)
+    if not called(len(r.tokens)):
+        return None
+    end = next(end for end in range(seen + 1, len(r.tokens) + 1) if called(end))
+    del r.tokens[end:], r.logprobs[end:]
+    r.calls += 1
+    if r.calls > run.config.max_tool_calls:
+        r.stop = "calls"
+        return []
+    return run.chat.tool_turn(call_tool(run.task.tools, run.chat.text(
+        r.tokens[start:], r.tokens[:start] or prompts[g], special=True)))
+
+
 def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], split: str, iteration: int) -> list[Group]:
     """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl.
 
@@ -2153,12 +2395,11 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
     """
     c, phases = run.config, ("sample", "grade") if split == "train" else ("evaluate", "evaluate")
     temperature = 0.0 if split == "test_greedy" else c.temperature
-    systems = {s.id: system_text(run.task, s.principles) for s, _, _ in pairs}
-    prompts = [run.chat.ids(systems[s.id], x.question) for s, x, _ in pairs]
-    texts, grades, waiting, jobs = {}, {}, [], []
+    prompts = [rollout_ids(run.task, run.chat, s.principles, x) for s, x, _ in pairs]
+    texts, finals, grades, waiting, jobs = {}, {}, {}, [], []
 
     def grade(ended: list[int]):
-        answers = [(pairs[g][1], t) for g in ended for t in texts[g]]
+        answers = [(pairs[g][1], t) for g in ended for t in finals[g]]
         try:
             graded = [(float(reward), outcome) for reward, outcome in run.task.grade(answers)]
             if len(graded) != len(answers):
@@ -2171,6 +2412,7 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
 
     def done(g: int, responses: list[Response]):
         texts[g] = [run.chat.text(r.tokens, prompts[g]) for r in responses]
+        finals[g] = [run.chat.text(r.tokens[r.turn:], r.tokens[:r.turn] or prompts[g]) for r in responses]
         waiting.append(g)
         if not jobs or jobs[-1].done():  # else it goes with the next ones: a call of the grader may start a process
             jobs.append(pool.submit(grade, waiting.copy()))
@@ -2180,7 +2422,8 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
         with timed(run, phases[0]):
             responses = generate(run.engine, run.policy.theta, prompts, [n for _, _, n in pairs],
                                  SamplingParams(temperature, c.top_p, c.max_new_tokens),
-                                 run.seed(f"{split}/{iteration}"), f"sampling {split}", done)
+                                 run.seed(f"{split}/{iteration}"), f"sampling {split}", done,
+                                 partial(answer_call, run, prompts) if run.task.tools else None)
         with timed(run, phases[1]):
             for job in [*jobs, pool.submit(grade, waiting)]:
                 job.result()
@@ -2190,7 +2433,8 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
         groups.append(Group(x, texts[g], rewards, outcomes, prompts[g], responses[g]))
         run.append("rollouts.jsonl", [
             dict(iteration=iteration, split=split, prompt=s.id, problem=x.id, reward=r, outcome=o, stop=y.stop,
-                 tokens=len(y.tokens), response=t) for y, t, r, o in zip(responses[g], texts[g], rewards, outcomes)])
+                 tokens=len(y.tokens), calls=y.calls, response=t)
+            for y, t, r, o in zip(responses[g], texts[g], rewards, outcomes)])
         run.shown = f"[{x.id}, prompt {s.id}, reward {rewards[0]:g} ({outcomes[0]})]\n{texts[g][0]}"
     return groups
 
@@ -2444,7 +2688,7 @@ def to_samples(run: Run, groups_MB: list[list[Group]]) -> list[Sample]:
             advantages = [r - (group.value if c.baseline == "prompt" else marginal) for r in group.rewards]
             if c.kl_coef or max(map(abs, advantages)) > 1e-9:  # the KL term also pulls on groups without advantage
                 samples += [Sample(group.prompt_ids, y.tokens, y.logprobs, a)
-                            for y, a in zip(group.responses, advantages) if y.stop == "eos" or not c.mask_truncated]
+                            for y, a in zip(group.responses, advantages) if y.stop != "length" or not c.mask_truncated]
     return samples
 
 
@@ -2502,14 +2746,16 @@ def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[
     """What metrics.jsonl says of an iteration's rollouts and ratings (README: What a run writes)."""
     groups = [g for row in groups_MB for g in row]
     responses, outcomes = [y for g in groups for y in g.responses], [o for g in groups for o in g.outcomes]
-    tokens = sum(len(y.tokens) for y in responses)
+    tokens = sum(p is not None for y in responses for p in y.logprobs)  # sampled ones
+    tools = {"tool_calls": float(np.mean([y.calls for y in responses])),
+             "too_many_calls": sum(y.stop == "calls" for y in responses) / len(responses)} if run.task.tools else {}
     return {"reward_mean": float(np.mean([r for g in groups for r in g.rewards])),
             "rewards": {s.id: v for s, v in zip(prompts_M, values_M)},
             "ratings": {s.id: [s.mu, s.sigma] for s in run.population.pool[-run.config.window:]},
-            "contrast_groups": sum(0 < g.value < 1 for g in groups) / len(groups),
+            "contrast_groups": sum(g.contrast for g in groups) / len(groups),
             "response_tokens": tokens / len(responses),
             "truncated": sum(y.stop == "length" for y in responses) / len(responses),
-            "outcomes": dict(Counter(outcomes)), "rollout_tokens_per_second": tokens / run.seconds["sample"]}
+            "outcomes": dict(Counter(outcomes)), "rollout_tokens_per_second": tokens / run.seconds["sample"]} | tools
 
 
 def print_line(run: Run, m: dict, last: int) -> None:
@@ -2531,10 +2777,9 @@ def print_line(run: Run, m: dict, last: int) -> None:
 
 def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:
     """Leave out problems whose prompt, with the root principles, has no room for a response; say how many."""
-    system = system_text(task, task.root)
     for split in ("train", "val", "test"):
         problems = getattr(task, split)
-        ids = [chat.ids(system, x.question) for x in problems]
+        ids = [rollout_ids(task, chat, task.root, x) for x in problems]
         if (highest := max((max(i, default=0) for i in ids), default=0)) >= vocab_size:
             raise UserError(f"the tokenizer gives id {highest}, the model has {vocab_size} tokens; --model mixes two")
         kept = [x for x, i in zip(problems, ids) if 0 < len(i) < context]

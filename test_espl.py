@@ -5,6 +5,7 @@ differences of the written-out objective, ratings with the trueskill package, ru
 """
 
 import os
+import random
 
 # Before jax starts: eight simulated devices; compile time, not speed, is what the tests spend.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
@@ -40,7 +41,7 @@ import trueskill
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from scipy import stats
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import espl
@@ -588,6 +589,76 @@ def test_a_response_does_not_depend_on_slots_or_company(policy):
     assert_same(sample(company, [3] * 7, 3)[9:12], all_[9:12])
 
 
+TAG, EOS = 22, 16  # TAG calls a tool
+
+
+def tool_of_tokens(g, r):
+    """An `environment`: TAG calls a tool, which replies with 1, 70 or 2 tokens, among them TAG; a fourth call is one
+    too many."""
+    if TAG not in r.tokens[r.turn:]:
+        return None
+    end = r.tokens.index(TAG, r.turn) + 1
+    del r.tokens[end:], r.logprobs[end:]
+    r.calls += 1
+    if r.calls == 4:
+        r.stop = "calls"
+        return []
+    return random_prompts((1, 70, 2)[(g + r.calls) % 3], seed=g + r.calls)[0][:-1] + [TAG]
+
+
+def loop_with_tools(policy, prompt, g, eos, most):
+    """What greedy sampling with tool_of_tokens must give: (tokens, None for those of tools, stop), without a cache."""
+    r = espl.Response([], [], "length")
+    while len(r.tokens) < most:
+        r.tokens.append(int(whole(policy, prompt + r.tokens)[-1].argmax()))
+        r.logprobs.append(0.0)
+        if r.tokens[-1] == eos:
+            return r.tokens, r.logprobs, "eos"
+        if (reply := tool_of_tokens(g, r)) == []:
+            return r.tokens, r.logprobs, "calls"
+        if reply:
+            if len(r.tokens) + len(reply) >= most:
+                return r.tokens, r.logprobs, "length"
+            r.tokens, r.logprobs = r.tokens + reply, r.logprobs + [None] * len(reply)
+    return r.tokens, r.logprobs, "length"
+
+
+@pytest.fixture(scope="module")
+def loops_with_tools(policy):
+    prompts = random_prompts(*[5, 1, 33, 12, 2, 20, 9, 40, 3, 8] * 3, seed=5)
+    return [(prompt, *loop_with_tools(policy, prompt, g, EOS, HORIZON)) for g, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("pause, slots", [((), 64), ((TAG,), 64), ((TAG,), 3)])
+def test_tools_reply_in_the_middle_of_responses(policy, loops_with_tools, pause, slots):
+    """The cache is kept from turn to turn, rows are in different turns, what was sampled after a call is taken back."""
+    prompts = [prompt for prompt, *_ in loops_with_tools]
+    engine = espl.Engine(policy, (EOS, EOS), CONTEXT, slots, pause_ids=pause)
+    ended = Counter()
+    responses = [r for [r] in espl.generate(engine, policy.theta, prompts, [1] * len(prompts), GREEDY, (0, 0), "",
+                                            lambda g, rs: ended.update([g]), tool_of_tokens)]
+    for r, (prompt, tokens, logprobs, stop) in zip(responses, loops_with_tools):
+        assert (r.tokens, [p is None for p in r.logprobs], r.stop) == (tokens, [p is None for p in logprobs], stop)
+        expected = response_logprobs(policy, prompt, r.tokens, 1.0)
+        assert all(p is None or p == pytest.approx(e, abs=1e-4) for p, e in zip(r.logprobs, expected))
+    assert set(ended.values()) == {1} and len(ended) == len(prompts)
+    assert {r.stop for r in responses} == {"eos", "length", "calls"} and {r.calls for r in responses} >= {0, 1, 2, 4}
+
+
+def test_drawn_responses_with_tools(policy):
+    prompts, runs = random_prompts(5, 1, 33, 12, seed=5), []
+    for pause, slots in (((), 64), ((TAG,), 5)):
+        engine = espl.Engine(policy, (EOS, EOS), CONTEXT, slots, pause_ids=pause)
+        groups = espl.generate(engine, policy.theta, prompts, [4] * 4, espl.SamplingParams(0.8, 1.0, 120), (1, 2), "",
+                               environment=tool_of_tokens)
+        runs.append([r for group in groups for r in group])
+    assert [(r.tokens, r.stop, r.calls) for r in runs[0]] == [(r.tokens, r.stop, r.calls) for r in runs[1]]
+    for r, prompt in zip(runs[0], [p for p in prompts for _ in range(4)]):
+        expected = response_logprobs(policy, prompt, r.tokens, 0.8)
+        assert all(p is None or p == pytest.approx(e, abs=1e-4) for p, e in zip(r.logprobs, expected))
+    assert sum(r.calls for r in runs[0]) > 8
+
+
 def test_seeds(policy):
     a, b, c, d = ([r.tokens for r in generate(policy, RAGGED[:2], [3, 3], DRAWN, seed, 4)[0]]
                   for seed in ((1, 2), (1, 2), (1, 3), (2, 2)))
@@ -655,12 +726,15 @@ def assert_same_metrics(a, b):
 
 
 def off_policy_samples(policy, temperature, drift=0.4, shapes=((5, 9), (1, 4), (30, 1), (3, 12), (9, 20))):
-    """Random responses with behaviour log-probabilities around the policy's, so that some ratios are clipped."""
+    """Random responses with behaviour log-probabilities around the policy's, so that some ratios are clipped; tools
+    replied in the middle of the longer ones."""
     rng, samples = np.random.default_rng(0), []
     for p, n in shapes:
         prompt, tokens = rng.integers(0, V, p).tolist(), rng.integers(0, V, n).tolist()
         logprobs = response_logprobs(policy, prompt, tokens, temperature) + drift * rng.normal(size=n)
         logprobs, advantage = logprobs.astype(np.float32).tolist(), float(np.float32(rng.normal()))
+        if n > 8:
+            logprobs[3:6] = [None] * 3
         samples.append(espl.Sample(prompt, tokens, logprobs, advantage))
     return samples
 
@@ -671,7 +745,7 @@ def reference_loss(policy, samples, num_rollouts, o, theta, theta_0):
     for s in samples:
         now, ref, start = (response_logprobs(policy, s.prompt, s.tokens, o.temperature, theta=t)
                            for t in (theta, policy.theta_ref, theta_0))
-        for t in range(len(s.tokens)):
+        for t in [t for t in range(len(s.tokens)) if s.logprobs[t] is not None]:
             ratio, low, high = np.exp(now[t] - s.logprobs[t]), 1 - o.clip_low, 1 + o.clip_high
             if o.loss == "importance_sampling":
                 J += ratio * s.advantage
@@ -1073,6 +1147,137 @@ def test_chat_template_that_cannot_work_is_a_user_error(make_chat, template):
 def test_chat_text_leaves_out_special_tokens(make_chat):
     chat = make_chat(None)
     assert chat.text(chat.tokenizer("a Ü b").input_ids) == "a Ü b"
+
+
+# ---- Tools ----
+
+
+def multiply(a: int, b: int) -> str:
+    """Multiplies two numbers.
+
+    Args:
+        a: One.
+        b: The other.
+    """
+    return str(a * b)
+
+
+HERMES = ("{% if tools %}<|system|>{{ messages[0].content if messages[0].role == 'system' }}\n"
+          "{% for t in tools %}{{ t | tojson }}{% endfor %} Use <tool_call></tool_call>.\n{% endif %}"
+          "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>")
+SCHEMA = ('{"name": "x", "description": "Multiplies two numbers.", "parameters": {"type": "object", "properties": {'
+          '"a": {"type": "integer", "description": "One."}, "b": {"type": "integer", "description": "The other."}}, '
+          '"required": ["a", "b"]}, "return": {"type": "string"}}')
+
+
+@pytest.mark.parametrize("template, expected", [
+    (HERMES, '<|system|>S\n\nP [G0] p\n{"type": "function", "function": SCHEMA} Use <tool_call></tool_call>.\n'
+             "<|user|>Q?\n<|assistant|>"),
+    (CHATML, "<|system|>S\n\nT SCHEMA\n\nP [G0] p\n<|user|>Q?\n<|assistant|>"),
+    (GEMMA, "<bos><|user|>S\n\nT SCHEMA\n\nP [G0] p\n\nQ?<|model|>"),
+    (None, "<bos>S\n\nT SCHEMA\n\nP [G0] p\n\nQ?\n\n")])
+def test_the_model_is_told_of_the_tools_once(make_chat, template, expected):
+    task = espl.Task("t", [], [], [], {"system": "S\n\nT {tools}\n\nP {principles}"}, None, None, {"x": multiply})
+    chat, told = make_chat(template), lambda: chat.tokenizer.decode(espl.rollout_ids(task, chat, ["p"], problem("Q?")))
+    assert told() == expected.replace("SCHEMA", SCHEMA)
+    task.tools = {}
+    assert "T " not in told() and "tool" not in told()
+
+
+@pytest.mark.parametrize("template, expected", [
+    (CHATML, "\n<|tool|>12 \n<|assistant|>"), (HERMES, "\n<|tool|>12 \n<|assistant|>"),
+    (SILENT.replace("m.role == 'user'", "m.role != 'tool'"),
+     "<|user|><tool_response>\n12 \n</tool_response><|model|>"),
+    (None, "\n<tool_response>\n12 \n</tool_response>\n")])
+def test_a_tools_reply_ends_the_models_turn(make_chat, template, expected):
+    chat = make_chat(template)
+    assert chat.tokenizer.decode(chat.tool_turn("12 <|im_end|></tool_response></s>")) == expected
+
+
+CALL = '<tool_call>{"name": "multiply", "arguments": {"a": 6, "b": 7}}</tool_call>'
+
+
+@pytest.mark.parametrize("text, reply", [
+    (CALL, "42"), ("<think>x</think> I call\n" + CALL + "\n", "42"),
+    (CALL.replace("{", "{\n ").replace("}", "\n}"), "42"), (CALL + CALL.replace("6", "9"), "42"),
+    (CALL.replace("6", '"6"'), "6666666"), (CALL.replace(': 6, "b": 7', ": 6"), "Error: .*missing.*'b'"),
+    (CALL.replace("multiply", "divide"), "Error: unknown tool. There is: multiply."),
+    (CALL.replace("6", "6,,"), "Error: Expecting"), (CALL.replace("6", "9" * 2**20), "Error: one call .* 4000"),
+    (CALL.replace("6", "[" * 2000), "Error: "), (CALL.replace("6", "9" * 3990 + "[]"), "Error: one call"),
+    ("<tool_call>" + CALL, "Error: one call in each"), ("<think> " + CALL, "Error: a call inside <think>"),
+    ("</tool_call>", "Error: </tool_call> without"), ("<tool_call></tool_call>", "Error: Expecting"),
+    ('<tool_call>[1]</tool_call>', "Error: write <tool_call>"), (CALL.replace('"a": 6, "b": 7', ""), "Error: "),
+    (CALL.replace('{"a": 6, "b": 7}', '"6 7"'), "Error: write <tool_call>"), (CALL.replace("6", "null"), "Error: ")])
+def test_every_call_gets_a_reply(text, reply):
+    assert re.match(reply, espl.call_tool({"multiply": multiply}, text))
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    towns = ["Oslo", "Bergen", "Lima", "Quito", "Accra"]
+    records = [{"id": i, "title": town, "text": f"{town} is a town of the number{i}. It has a harbour."} for i, town in
+               enumerate(towns)]
+    return write_jsonl(tmp_path / "corpus.jsonl", records)
+
+
+def test_search(corpus, tmp_path):
+    search = espl.search_tool(corpus)
+    found = search(["What is number3?", "Bergen", "harbour", "xyzzy", "one query too many"])
+    parts = re.split("(?m)^Query: ", found)[1:]
+    assert [p.split("\n")[0] for p in parts] == ["What is number3?", "Bergen", "harbour", "xyzzy"]
+    assert parts[0].split("\n\n")[1] == "Quito\nQuito is a town of the number3. It has a harbour."
+    assert parts[1].split("\n\n")[1].startswith("Bergen\n") and parts[1].count("town") == 1
+    assert parts[2].count("harbour.") == 3 and "Nothing found." in parts[3]
+    stored = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
+    assert espl.search_tool(corpus)(["Bergen"]) == search(["Bergen"])
+    assert stored and {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()} == stored
+    for p in stored:  # an index that broke is made again
+        p.write_bytes(b"")
+    assert espl.search_tool(corpus)(["Bergen"]) == search(["Bergen"])
+    for queries in ("Bergen", [1], None):
+        with pytest.raises(ValueError, match="list of texts"):
+            search(queries)
+    assert espl.call_tool({"search": search}, CALL.replace("multiply", "search")).startswith("Error: ")
+
+
+@pytest.mark.parametrize("lines, message", [
+    ([], "there is no passage"), (['{"text": "a"}', "{"], ":2: not JSON"), (['{"text": 3}'], ":1: not a passage"),
+    (["[]"], ":1: not a passage")])
+def test_a_corpus_that_cannot_be_read(tmp_path, lines, message):
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    with pytest.raises(espl.UserError, match=message):
+        espl.search_tool(str(tmp_path / "c.jsonl"))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Answer: The Eiffel Tower!", (1, "correct")), ("I think. Answer:  eiffel-tower\n", (1, "correct")),
+    ("Answer: Paris", (0, "wrong")), ("Answer:", (0, "wrong")), ("Eiffel Tower", (-0.1, "no_answer")),
+    ("Answer: x Answer: Eiffel Tower", (-0.1, "no_answer")), ("<think>Answer: x</think>Answer: tour", (0, "wrong")),
+    ("<think>Answer: x</think>Answer: la tour", (1, "correct")), ("<think>Answer: Eiffel Tower", (-0.1, "no_answer")),
+    ("Answer: Eiffel Tower in Paris", (0, "wrong"))])
+def test_search_reward_is_exact_match_and_format(text, expected):
+    assert espl.grade_search([(problem("?", "Eiffel Tower", "La Tour", "eiffeltower"), text)]) == [expected]
+
+
+def test_search_task(corpus, tmp_path):
+    files = [write_jsonl(tmp_path / name, [{"question": f"{name} {i}?", "golden_answers": ["a", f"b{i}"]}
+                                           for i in range(300)]) for name in ("train", "test")]
+    argv = ["--corpus-file", corpus, "--train-file", files[0], "--test-file", files[1]]
+    tasks = [espl.load_task(espl.parse_args([*argv, "--seed", str(seed)])) for seed in (0, 0, 1)]
+    assert [(t.name, len(t.train) + len(t.val), len(t.test), list(t.tools)) for t in tasks] == [
+        ("search", 196, 64, ["search"])] * 3
+    assert tasks[0].train == tasks[1].train != tasks[2].train and tasks[0].test == tasks[1].test != tasks[2].test
+    assert tasks[0].test[0].answers[0] == "a" and "{tools}" in tasks[0].texts["system"]
+    for bad, message in ((["--task", "search"], "--corpus-file: JSONL"), (argv + ["--task", "aime"], "is for --task")):
+        with pytest.raises(espl.UserError, match=message):
+            espl.load_task(espl.parse_args(bad + argv[2:]))
+
+
+def test_contrast_by_grades_where_rewards_may_be_negative(math_task):
+    group = espl.Group(problem(), ["x"] * 15, [1.0] + [-0.1] * 14)
+    assert group.value < 0 and group.contrast
+    assert not espl.Group(problem(), ["x"] * 2, [-0.1, 0.0]).contrast and espl.Group(problem(), [""], [0.6]).contrast
 
 
 # ---- Selection ----
@@ -2155,8 +2360,8 @@ def test_help_lists_every_flag(capsys):
     assert stop.value.code == 0
     for f in dataclasses.fields(espl.Config):
         name, default = "--" + f.name.replace("_", "-"), f"(default: {f.default}" if f.default != "" else ""
-        own = f"; for glyphs {espl.GLYPHS_DEFAULTS[f.name]})" if f.name in espl.GLYPHS_DEFAULTS else ")" * bool(default)
-        assert default + own in entries[name], name
+        own = "".join(f"; for {t} {d[f.name]}" for t, d in espl.TASK_DEFAULTS.items() if f.name in d)
+        assert default + own + ")" * bool(default) in entries[name], name
     assert all(f"[{s}]" in text for s in "B N M K alpha beta lambda p_crossover dsigma K_ops".split())
 
 
@@ -2338,6 +2543,114 @@ def test_summary_picks_by_validation():
     rows = espl.summary(curve[:3])  # the evaluation before training is no part of the mean
     assert rows["mean of last 5"]["test"] == pytest.approx(0.6)
     assert espl.summary(curve[:1])["mean of last 5"]["test"] == 0.1
+
+
+# ---- a task with a tool, end to end ----------------------------------------------------------------------------------
+
+KEYS = [f"k{i}" for i in range(8)]
+OPEN, CLOSE = '<tool_call>{"name": "search", "arguments": {"key": "', '"}}</tool_call>'
+CALL_WORDS = ["<end>", "|", "Answer:", OPEN, CLOSE[:3], CLOSE[3:], *KEYS, *(f" {n}" for n in range(10))]
+CALL_PROMPTS = "[system]\n{principles}{tools}\n" + PROMPTS.partition("\n\nw3 {principles}\n")[2]
+
+
+def look_up(key: str) -> str:
+    """Looks a key up.
+
+    Args:
+        key: The key.
+    """
+    return f" {zlib.crc32(key.encode()) % 10}"
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory):
+    """Directory of a task, whose answers only look_up knows, and of a model taught what a call looks like: of its calls
+    60 % are for the right key, and of its answers 80 % are guesses. Its tokenizer passes over all other words."""
+    from transformers import LlamaConfig
+    d, ids, rng = tmp_path_factory.mktemp("caller"), {w: i for i, w in enumerate(CALL_WORDS)}, random.Random(0)
+    word = "|".join(re.escape(w) for w in sorted(CALL_WORDS, key=len, reverse=True))
+    core = Tokenizer(models.WordLevel(ids))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(word), "removed", invert=True), decoders.Fuse()
+    template = "{% for m in messages %}{{ m.content }}{{ '<end>' if m.role == 'assistant' }}{% endfor %}|"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", chat_template=template)
+    tokenizer.save_pretrained(d)
+    LlamaConfig(vocab_size=len(ids), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                head_dim=16, max_position_embeddings=96, tie_word_embeddings=True, eos_token_id=0, bos_token_id=None,
+                rope_parameters=dict(rope_type="default", rope_theta=100.0)).save_pretrained(d)
+    keys = [" ".join(k) for k in itertools.product(KEYS, repeat=3)]
+    rng.shuffle(keys)
+    problems = [{"question": k, "answer": look_up(k.replace(" ", ""))} for k in keys]
+    for name, part in (("train", problems[:400]), ("test", problems[400:464])):
+        write_jsonl(d / f"{name}.jsonl", part)
+    write_jsonl(d / "prompts.txt", [CALL_PROMPTS])
+    lines = []
+    for _ in range(800 * 64):  # (token, whether it is learned)
+        asked, digit = rng.choices(KEYS, k=3), rng.choice(CALL_WORDS[-10:])
+        said = asked if rng.random() < 0.6 else rng.choices(KEYS, k=3)
+        answer = digit if rng.random() < 0.2 else rng.choice(CALL_WORDS[-10:])
+        parts = [*asked, "|"], [OPEN, *said, CLOSE[:3], CLOSE[3:]], ["<end>", digit, "|"], ["Answer:", answer, "<end>"]
+        lines.append([(ids[w], n % 2) for n, part in enumerate(parts) for w in part])
+    cfg = espl.read_model_config(str(d))
+    graphdef, theta = nnx.split(espl.Transformer(cfg, nnx.Rngs(0)), nnx.Param)
+    theta = jax.tree.map_with_path(lambda path, w: w * (20 if espl.path_name(path) == "embed" else 1), theta)
+    adam = optax.adam(optax.cosine_decay_schedule(3e-3, 800))
+
+    def loss(theta, batch):
+        model = nnx.merge(graphdef, theta)
+        hidden, _ = model(batch[:, :-1, 0], jnp.broadcast_to(jnp.arange(batch.shape[1] - 1), batch[:, 1:, 0].shape))
+        each = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), batch[:, 1:, 0])
+        return jnp.sum(each * batch[:, 1:, 1])
+
+    def step(state, batch):
+        updates, opt_state = adam.update(jax.grad(loss)(state[0], batch), state[1])
+        return (optax.apply_updates(state[0], updates), opt_state), None
+
+    (theta, _), _ = jax.jit(lambda *x: jax.lax.scan(step, *x))((theta, adam.init(theta)),
+                                                               jnp.array(lines).reshape(800, 64, -1, 2))
+    espl.save_weights(d, theta, cfg)
+    return d
+
+
+def call_flags(d, run_dir, **changes) -> list[str]:
+    given = dict(model=d, train_file=d / "train.jsonl", test_file=d / "test.jsonl", corpus_file="x", train_size=400,
+                 prompts_file=d / "prompts.txt", lora_rank=0, learning_rate=2e-3, max_grad_norm=1, temperature=1,
+                 top_p=1, max_new_tokens=30, batch_size=16, num_rollouts=4, iterations=30, val_size=8, test_samples=4,
+                 eval_every=30, save_every=30, reflect_tokens=16, run_dir=run_dir, compile_cache="") | changes
+    return [a for k, v in given.items() for a in ("--" + k.replace("_", "-"), str(v))]
+
+
+def test_reinforcement_learning_with_a_tool(caller, tmp_path):
+    """From guessing (a tenth) to looking up and copying, on problems that were never trained on."""
+    run = play(call_flags(caller, tmp_path / "run", mode="rl"), search_tool=lambda path: look_up)
+    first, last = (e["test"] for e in run.evaluations)
+    assert first < 0.25 and last > 0.8
+    lines = [r for r in read_lines(run, "rollouts.jsonl") if r["split"] == "train"]
+    pattern = re.escape(OPEN) + r"((?:k\d)*)" + re.escape(CLOSE) + r"( \d)\|Answer:( \d)"  # model, tool, model
+    matches = [(r, re.fullmatch(pattern, r["response"])) for r in lines[-100:]]
+    answers = {x.id: f" {x.answer}" for x in run.task.train}
+    for r, (key, reply, answer) in [(r, match.groups()) for r, match in matches if match]:
+        assert reply == look_up(key) and (r["reward"] == 1) == (answer == answers[r["problem"]]) and r["calls"] == 1
+    assert sum(match is not None for _, match in matches) > 80
+    m = metrics(run)[-1]
+    assert 0.9 < m["tool_calls"] < 1.2 and m["too_many_calls"] == 0 and 8 < m["response_tokens"] < 10  # sampled ones
+    assert m["trained_tokens"] <= m["response_tokens"] * 192 and m["ratio_mean"] == pytest.approx(1, abs=1e-3)
+
+
+def test_evolution_with_a_tool(caller, tmp_path):
+    """The operators see what the tool replied; the limit on calls ends a response, with the reward it has then."""
+    run = play(call_flags(caller, tmp_path / "run", mode="espl", iterations=2, p_crossover=1, max_tool_calls=0,
+                          reflect_on="all", eval_every=2), search_tool=lambda path: look_up)
+    m, lines = metrics(run)[1], read_lines(run, "rollouts.jsonl")
+    assert m["too_many_calls"] > 0.9 and {r["reward"] for r in lines if r["stop"] == "calls"} == {-0.1}
+    assert len(run.population.prompts) > 1 and m["mutation"] == "prompt 1 from 0"
+    run = play(call_flags(caller, tmp_path / "run2", mode="evolution", iterations=1, reflect_on="all", num_rollouts=1,
+                          num_prompts=1), search_tool=lambda path: look_up)
+    requests = [r["prompt"] for r in read_lines(run, "reflections.jsonl") if r["request"] == "summarize"]
+    shown = [r for r in read_lines(run, "rollouts.jsonl") if r["split"] == "train"]
+    assert len(requests) == len(shown) == 16
+    assert all(r["response"] in request for request, r in zip(requests, shown)) and OPEN in requests[0]
+    for response in (r["response"] for r in shown if r["calls"] == 1):
+        assert re.search(re.escape(CLOSE) + r" \d\|", response)
 
 
 # ======================================================================================================================
@@ -2734,8 +3047,8 @@ def test_greedy_evaluation_is_greedy(glyph_model, tmp_path):
 def test_glyphs_is_the_default_task_and_has_its_own_defaults():
     config, aime = espl.parse_args([]), espl.parse_args(["--task", "aime"])
     assert config == espl.parse_args(["--task", "glyphs"]) and config.task == "glyphs" and config.model == "embedded"
-    assert all(getattr(config, name) == value for name, value in espl.GLYPHS_DEFAULTS.items())
-    own = set(espl.GLYPHS_DEFAULTS) | {"task"}
+    assert all(getattr(config, name) == value for name, value in espl.TASK_DEFAULTS["glyphs"].items())
+    own = set(espl.TASK_DEFAULTS["glyphs"]) | {"task"}
     assert {f.name for f in dataclasses.fields(aime) if getattr(aime, f.name) != getattr(config, f.name)} == own
     assert espl.parse_args(["--lora-rank", "8", "--temperature", "0.7"]).lora_rank == 8
     assert espl.parse_args(["--train-file", "a", "--test-file", "b"]).task == ""
@@ -2760,19 +3073,6 @@ def test_lineage_in_words():
     long = espl.lineage(population, prompts[9])
     assert long.startswith("9 by mutation of 8 (iteration 9) <- ") and "… 3 generations more …" in long
     assert long.endswith("<- 0, the root") and long.count(" by ") == 6
-
-
-def test_the_laboratorys_statistics():
-    spec = importlib.util.spec_from_file_location("lab", Path(espl.__file__).parent / "tools" / "lab.py")
-    lab = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(lab)
-    differences = np.random.default_rng(0).normal(0.3, 0.1, 40).tolist()
-    low, high = lab.interval(differences)  # of many values: the mean and 1.96 standard errors
-    assert [low, high] == pytest.approx(np.mean(differences) + np.array([-1.96, 1.96]) * 0.1 / 40**0.5, abs=0.01)
-    curve = [dict(iteration=i, test=i / 100, test_greedy=0.0, val=v) for i, v in
-             zip(range(0, 70, 10), (0.1, 0.5, 0.9, 0.2, 0.9, 0.1, 0.3))]
-    assert lab.readings(curve) == curve[-1] | {"last": pytest.approx(0.4), "picked": 0.2}
-    assert lab.readings(curve[:2])["last"] == 0.1  # the evaluation before training does not count
 
 
 # ======================================================================================================================
@@ -2809,6 +3109,18 @@ def test_fork_with_a_task(fork, tmp_path):
     assert graded == [(0.5, "wrong"), (1.0, "correct"), (0.0, "wrong")]
 
 
+def test_fork_with_a_tool(fork, corpus, tmp_path, make_chat):
+    forked = fork("weekday")
+    train, test = (write_jsonl(tmp_path / n, [{"question": f"{n} {i}?", "answer": "x"} for i in "ab"]) for n in "xy")
+    task = forked.load_task(forked.parse_args(["--corpus-file", corpus, "--train-file", train, "--test-file", test]))
+    call = '<tool_call>{"name": "weekday", "arguments": {"date": "1969-07-20"}}</tool_call>'
+    assert forked.call_tool(task.tools, call) == "Sunday"
+    assert forked.call_tool(task.tools, call.replace("20", "32")).startswith("Error: ")
+    chat = make_chat(CHATML)
+    told = chat.tokenizer.decode(forked.rollout_ids(task, forked.Chat(chat.tokenizer), [], task.test[0]))
+    assert "The date, as 1969-07-20." in told and "query_list" in told
+
+
 def test_fork_with_an_operator(fork, monkeypatch):
     forked = fork("forget")
     monkeypatch.setattr(forked, "make_ask", lambda run, iteration: lambda request, slots: [""] * len(slots))
@@ -2840,9 +3152,33 @@ def test_fork_with_a_model_family(fork, hf_model, monkeypatch):
     assert_close(logits(load(directory)), expected, 1e-4)
 
 
-def test_readme_tables_are_those_of_the_results():
+@pytest.fixture
+def lab():
     spec = importlib.util.spec_from_file_location("lab", ROOT / "tools" / "lab.py")
-    spec.loader.exec_module(lab := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_the_laboratorys_statistics(lab):
+    rng = np.random.default_rng(0)
+    b, d = rng.normal(size=40), rng.normal(0.3, 0.1, 40)
+    mean, low, high = map(float, re.fullmatch(r"(\S+) \| (\S+) to (\S+)", lab.difference(b + d, b)).groups())
+    assert mean == pytest.approx(d.mean(), abs=1e-3)  # of many values: the mean and 1.96 standard errors
+    assert [low, high] == pytest.approx(d.mean() + np.array([-1.96, 1.96]) * 0.1 / 40**0.5, abs=0.01)
+    curve = [dict(iteration=i, test=i / 100, test_greedy=0.5, val=v) for i, v in
+             zip(range(0, 70, 10), (0.1, 0.5, 0.9, 0.2, 0.9, 0.1, 0.3))]
+    assert {name: lab.read([curve, curve], name) for name in lab.READINGS} == {
+        "final": [0.6] * 2, "final, greedy": [0.5] * 2, "mean of last 5": pytest.approx([0.4] * 2),
+        "picked by validation": [0.2] * 2}
+    assert lab.settings("a_b=1,2 c=x,y") == {"a_b=1 c=x": ["--a-b", "1", "--c", "x"],
+                                             "a_b=2 c=y": ["--a-b", "2", "--c", "y"]}
+    assert [lab.seed_list(s) for s in ("3", "100-102", "7,9")] == [[0, 1, 2], [100, 101, 102], [7, 9]]
+    for bad in ("0", "x", "3-1", "1,", "-2"):
+        with pytest.raises(espl.UserError, match="--seeds"):
+            lab.seed_list(bad)
+
+
+def test_readme_tables_are_those_of_the_results(lab):
     text, results = (ROOT / "README.md").read_text(), json.loads((ROOT / "docs" / "results.json").read_text())
     assert lab.readme(text, results) == text and text.count("<!-- end -->") == 4
     results["compare"]["curves"]["rl"][0][-1]["test"] += 0.5
