@@ -351,10 +351,7 @@ def system_text(task: Task, principles: list[str], tools: str = "") -> str:
 
 def rollout_ids(task: Task, chat: "Chat", principles: list[str], problem: Problem) -> list[int]:
     """Token ids of (s, x): the system prompt, the tools, whose description never changes, and the question."""
-    from transformers.utils import get_json_schema
-    schemas = [get_json_schema(tool) for tool in task.tools.values()]
-    for name, schema in zip(task.tools, schemas):
-        schema["function"]["name"] = name
+    schemas = tool_schemas(task.tools)
     if chat.explains(schemas):
         return chat.ids(system_text(task, principles), problem.question, schemas)
     described = "\n".join(json.dumps(schema["function"]) for schema in schemas)
@@ -522,6 +519,19 @@ class Chat:
 CONTROL = re.compile(  # text that could leave its turn when tokenised
     r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>|</?tool_(?:call|response)>")
 LONGEST_CALL = 4_000  # characters
+
+
+def tool_schemas(tools: dict[str, Callable[..., str]]) -> list[dict]:
+    """JSON schemas of tools. Raises UserError for a function without type hints or without a docstring."""
+    from transformers.utils import get_json_schema
+    schemas = []
+    for name, tool in tools.items():
+        try:
+            schema = get_json_schema(tool)
+        except Exception as e:
+            raise UserError(f"tool {name}: {first_line(e)}; give it type hints and a docstring with Args:") from e
+        schemas.append(schema | {"function": schema["function"] | {"name": name}})
+    return schemas
 
 
 def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
@@ -1487,11 +1497,7 @@ class Response:
     logprobs: list[float | None]  # behaviour log-probability of each token; None: it is of a tool, nothing sampled it
     stop: str       # "eos"; "length": cut by max_new_tokens or by the context; "calls": too many calls of tools
     calls: int = 0  # of tools
-
-    @property
-    def turn(self) -> int:
-        """Where the model's latest turn begins in `tokens`."""
-        return next((i for i in range(len(self.tokens), 0, -1) if self.logprobs[i - 1] is None), 0)
+    turn: int = 0   # where the model's latest turn begins in `tokens`
 
 
 def bucket(n: int, least: int = 128) -> int:
@@ -1708,8 +1714,8 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
             if reply and len(r.tokens) + len(reply) < room[g]:
                 at = len(prompts[g]) + len(r.tokens) - 1  # of the last sampled token, which has not been fed yet
                 replied[g, j] = r.tokens[-1:] + reply[:-1], at
-                r.tokens += reply
-                r.logprobs += [None] * len(reply)
+                r.tokens, r.logprobs = r.tokens + reply, r.logprobs + [None] * len(reply)
+                r.turn = len(r.tokens)
                 token[s], position[s], remaining[s] = reply[-1], at + len(reply), room[g] - len(r.tokens)
             elif reply is not None or remaining[s] == 0:  # a reply that does not fit ends the response
                 r.stop = "eos" if reply is None and r.tokens[-1] in engine.eos_ids else r.stop

@@ -620,6 +620,7 @@ def loop_with_tools(policy, prompt, g, eos, most):
             if len(r.tokens) + len(reply) >= most:
                 return r.tokens, r.logprobs, "length"
             r.tokens, r.logprobs = r.tokens + reply, r.logprobs + [None] * len(reply)
+            r.turn = len(r.tokens)
     return r.tokens, r.logprobs, "length"
 
 
@@ -786,11 +787,14 @@ def test_metrics(policy):
     policy = dataclasses.replace(policy, theta=tiny_policy(noise=0.03).theta)
     samples = off_policy_samples(policy, 1.0)
     for s in samples:
-        s.logprobs = [x + 6 for x in s.logprobs]  # ratios far below 1: padding would be the maximum
+        s.logprobs = [x and x + 6 for x in s.logprobs]  # ratios far below 1: padding would be the maximum
     _, m = gradient(policy, samples, objective=espl.Objective(kl_coef=0.1), max_tokens=100)
     now, ref = (np.concatenate([response_logprobs(policy, s.prompt, s.tokens, 1.0, theta=t) for s in samples])
                 for t in (policy.theta, policy.theta_ref))
-    gap = np.concatenate([s.logprobs for s in samples]) - now
+    behaviour = np.concatenate([np.array(s.logprobs, float) for s in samples])  # nan for tokens of tools
+    sampled = ~np.isnan(behaviour)
+    assert sampled.sum() == len(sampled) - 9
+    now, ref, gap = now[sampled], ref[sampled], (behaviour - now)[sampled]
     expected = {"ratio_mean": np.exp(-gap).mean(), "ratio_max": np.exp(-gap).max(), "sampler_gap": gap.mean(),
                 "kl": (np.exp(ref - now) - (ref - now) - 1).mean(), "trained_rollouts": 5, "trained_tokens": len(now)}
     assert expected["kl"] > 1e-3
@@ -1210,6 +1214,12 @@ CALL = '<tool_call>{"name": "multiply", "arguments": {"a": 6, "b": 7}}</tool_cal
     (CALL.replace('{"a": 6, "b": 7}', '"6 7"'), "Error: write <tool_call>"), (CALL.replace("6", "null"), "Error: ")])
 def test_every_call_gets_a_reply(text, reply):
     assert re.match(reply, espl.call_tool({"multiply": multiply}, text))
+
+
+def test_a_tool_that_cannot_be_described_is_a_user_error(make_chat):
+    task = espl.Task("t", [], [], [], {"system": "{tools}"}, None, None, {"x": lambda a: a})
+    with pytest.raises(espl.UserError, match="tool x: .*docstring"):
+        espl.rollout_ids(task, make_chat(None), [], problem("Q?"))
 
 
 @pytest.fixture
@@ -2547,9 +2557,9 @@ def test_summary_picks_by_validation():
 
 # ---- a task with a tool, end to end ----------------------------------------------------------------------------------
 
-KEYS = [f"k{i}" for i in range(8)]
+CALL_KEYS = [f"k{i}" for i in range(8)]
 OPEN, CLOSE = '<tool_call>{"name": "search", "arguments": {"key": "', '"}}</tool_call>'
-CALL_WORDS = ["<end>", "|", "Answer:", OPEN, CLOSE[:3], CLOSE[3:], *KEYS, *(f" {n}" for n in range(10))]
+CALL_WORDS = ["<end>", "|", "Answer:", OPEN, CLOSE[:3], CLOSE[3:], *CALL_KEYS, *(f" {n}" for n in range(10))]
 CALL_PROMPTS = "[system]\n{principles}{tools}\n" + PROMPTS.partition("\n\nw3 {principles}\n")[2]
 
 
@@ -2577,7 +2587,7 @@ def caller(tmp_path_factory):
     LlamaConfig(vocab_size=len(ids), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                 head_dim=16, max_position_embeddings=96, tie_word_embeddings=True, eos_token_id=0, bos_token_id=None,
                 rope_parameters=dict(rope_type="default", rope_theta=100.0)).save_pretrained(d)
-    keys = [" ".join(k) for k in itertools.product(KEYS, repeat=3)]
+    keys = [" ".join(k) for k in itertools.product(CALL_KEYS, repeat=3)]
     rng.shuffle(keys)
     problems = [{"question": k, "answer": look_up(k.replace(" ", ""))} for k in keys]
     for name, part in (("train", problems[:400]), ("test", problems[400:464])):
@@ -2585,8 +2595,8 @@ def caller(tmp_path_factory):
     write_jsonl(d / "prompts.txt", [CALL_PROMPTS])
     lines = []
     for _ in range(800 * 64):  # (token, whether it is learned)
-        asked, digit = rng.choices(KEYS, k=3), rng.choice(CALL_WORDS[-10:])
-        said = asked if rng.random() < 0.6 else rng.choices(KEYS, k=3)
+        asked, digit = rng.choices(CALL_KEYS, k=3), rng.choice(CALL_WORDS[-10:])
+        said = asked if rng.random() < 0.6 else rng.choices(CALL_KEYS, k=3)
         answer = digit if rng.random() < 0.2 else rng.choice(CALL_WORDS[-10:])
         parts = [*asked, "|"], [OPEN, *said, CLOSE[:3], CLOSE[3:]], ["<end>", digit, "|"], ["Answer:", answer, "<end>"]
         lines.append([(ids[w], n % 2) for n, part in enumerate(parts) for w in part])
