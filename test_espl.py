@@ -1216,6 +1216,37 @@ def test_every_call_gets_a_reply(text, reply):
     assert re.match(reply, espl.call_tool({"multiply": multiply}, text))
 
 
+def test_calls_are_found_wherever_a_chunk_ends(make_chat):
+    """Also where the closing tag is many tokens, some of them in the next chunk; what follows it is taken back."""
+    chat = make_chat(CHATML)
+    ids = lambda text: chat.tokenizer(text, add_special_tokens=False).input_ids
+    task = SimpleNamespace(tools={"multiply": multiply})
+    run = SimpleNamespace(chat=chat, config=espl.Config(max_tool_calls=2), task=task)
+
+    def sample(r, text):
+        tokens, reply = ids(text), None
+        while tokens and reply is None:
+            chunk, tokens = tokens[:espl.DECODE_CHUNK], tokens[espl.DECODE_CHUNK:]
+            r.tokens, r.logprobs = r.tokens + chunk, r.logprobs + [0.0] * len(chunk)
+            reply = espl.answer_call(run, [ids("<think>") if "</think>" in text else ids("go")], 0, r)
+        return reply
+
+    for lead in range(espl.DECODE_CHUNK):
+        r, said = espl.Response([], [], "length"), "x" * lead + CALL
+        assert sample(r, "y" * lead) is None and r.calls == 0
+        reply = sample(r, CALL.replace("6", "8") + " and more" * lead)
+        assert chat.tokenizer.decode(reply) == "\n<|tool|>56\n<|assistant|>" and len(r.logprobs) == len(r.tokens)
+        r.tokens, r.logprobs = r.tokens + reply, r.logprobs + [None] * len(reply)
+        r.turn = len(r.tokens)
+        assert sample(r, "") is None and chat.tokenizer.decode(sample(r, said + CALL)).startswith("\n<|tool|>42")
+        assert chat.tokenizer.decode(r.tokens[r.turn:]) == said and (r.calls, r.stop) == (2, "length")
+        r.turn = len(r.tokens)
+        assert sample(r, said) == [] and (r.calls, r.stop) == (3, "calls")
+    inside = espl.Response([], [], "length")  # of a <think> which the template opened
+    assert "Error: a call inside" in chat.tokenizer.decode(sample(inside, CALL + "</think>"))
+    assert "<|tool|>42" in chat.tokenizer.decode(sample(espl.Response([], [], "length"), "</think>" + CALL))
+
+
 def test_a_tool_that_cannot_be_described_is_a_user_error(make_chat):
     task = espl.Task("t", [], [], [], {"system": "{tools}"}, None, None, {"x": lambda a: a})
     with pytest.raises(espl.UserError, match="tool x: .*docstring"):

@@ -6,6 +6,7 @@
     python tools/bench.py m --scaling                          # decode against rows and context, with a cost model
     python tools/bench.py --memory --lora-rank 0               # of an update, against one that keeps all logits
     python tools/bench.py --phases runs/A runs/B               # seconds an iteration by phase, from metrics.jsonl
+    python tools/bench.py --search 1191 100000                 # the search tool on so many passages of random words
 
 The workload: --samples responses to each of --prompts random prompts of --prompt-tokens tokens, give or take a half.
 One token in 128 ends a response, so that lengths are geometric, at most --new-tokens; the update then trains on as many
@@ -238,6 +239,33 @@ def materialised(model, hidden, target, temperature):
     return jnp.take_along_axis(logp, target[..., None], -1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, -1)
 
 
+def print_search(sizes: list[int]) -> None:
+    """Seconds that the search tool takes to start, and a query; passages of 80 words, the k-th of which has a
+    probability of 1 / k."""
+    rng, vocabulary = np.random.default_rng(0), np.array([f"word{k}" for k in range(1, 50_001)])
+    chances = 1 / np.arange(1, len(vocabulary) + 1)
+    text = lambda n: " ".join(rng.choice(vocabulary, n, p=chances / chances.sum()))
+    print("| passages | file | first start | later starts | a query | memory |\n| --- | --- | --- | --- | --- | --- |")
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as scratch:
+            os.environ["XDG_CACHE_HOME"], path = scratch, Path(scratch) / "passages.jsonl"
+            path.write_text("".join(json.dumps({"id": i, "title": f"title{i}", "text": text(80)}) + "\n"
+                                    for i in range(size)))
+            queries, seconds = [text(12) for _ in range(100)], []
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for _ in range(2):
+                start = time.perf_counter()
+                search = espl.search_tool(str(path))
+                seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            for query in queries:
+                search([query])
+            seconds.append((time.perf_counter() - start) / len(queries))
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
+            print(f"| {size:,} | {path.stat().st_size / 1e6:.1f} MB | {seconds[0]:.2f} s | {seconds[1]:.2f} s | "
+                  f"{1e3 * seconds[2]:.1f} ms | {grown:.2f} GB |", flush=True)
+
+
 def print_memory(lora_rank: int, vocabulary: int = 131072) -> None:
     """Temporary memory of an update on 8 responses of 256 tokens, as compiled, against one with all logits at once."""
     mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -287,9 +315,13 @@ def main() -> int:
     parser.add_argument("--scaling", action="store_true", help="only tables of decode and prefill against sizes")
     parser.add_argument("--memory", action="store_true", help="only the temporary memory of an update at V = 128k")
     parser.add_argument("--phases", nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--search", nargs="+", type=int, metavar="PASSAGES")
     args = parser.parse_args()
     if args.phases:
         print_phases(args.phases)
+        return 0
+    if args.search:
+        print_search(args.search)
         return 0
     if args.memory:
         print_memory(args.lora_rank)
