@@ -646,6 +646,22 @@ def test_tools_reply_in_the_middle_of_responses(policy, loops_with_tools, pause,
     assert {r.stop for r in responses} == {"eos", "length", "calls"} and {r.calls for r in responses} >= {0, 1, 2, 4}
 
 
+def test_a_reply_that_leaves_no_room_ends_the_response(policy, loops_with_tools):
+    g, (prompt, tokens, logprobs, _) = next((g, x) for g, x in enumerate(loops_with_tools) if None in x[2])
+    call = logprobs.index(None)
+    end = next(i for i in range(call, len(logprobs)) if logprobs[i] is not None)
+    engine = espl.Engine(policy, (EOS, EOS), CONTEXT, pause_ids=(TAG,))
+    for room, kept in ((end - 1, call), (end, call), (end + 1, end + 1)):
+        [[r]] = espl.generate(engine, policy.theta, [prompt], [1], espl.SamplingParams(0.0, 1.0, room), (0, 0), "",
+                              environment=lambda _, r: tool_of_tokens(g, r))
+        assert (r.tokens, r.stop, len(r.logprobs)) == (tokens[:kept], "length", kept)
+
+
+def test_without_tools_the_token_that_ends_a_call_is_like_any_other(policy):
+    plain, paused = (generate(policy, RAGGED, [2] * 6, DRAWN, pause_ids=pause) for pause in ((), (TAG,)))
+    assert plain == paused and any(TAG in r.tokens[:-1] for group in plain for r in group)
+
+
 def test_drawn_responses_with_tools(policy):
     prompts, runs = random_prompts(5, 1, 33, 12, seed=5), []
     for pause, slots in (((), 64), ((TAG,), 5)):
@@ -1273,6 +1289,8 @@ def test_search(corpus, tmp_path):
     stored = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
     assert espl.search_tool(corpus)(["Bergen"]) == search(["Bergen"])
     assert stored and {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()} == stored
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": f"{n} fish"} for n in "abcde"])  # as many passages
+    assert "c fish" in espl.search_tool(other)(["c fish"])
     for p in stored:  # an index that broke is made again
         p.write_bytes(b"")
     assert espl.search_tool(corpus)(["Bergen"]) == search(["Bergen"])
@@ -1420,7 +1438,7 @@ def test_rating_by_the_last_value():
     config = espl.parse_args(["--task", "glyphs", "--rating", "last"])
     assert config.ucb_lambda == 0 and espl.parse_args(["--task", "glyphs"]).ucb_lambda == 2
     assert espl.parse_args(["--task", "glyphs", "--rating", "last", "--ucb-lambda", "1"]).ucb_lambda == 1
-    population = population_of((25, 8), (25, 8), (25, 8))
+    population = population_of((25, 8), (25, 4), (25, 2))
     for n, values in enumerate([(0.9, 0.1, 0.2), (0.3, 0.6, 0.5)], 1):
         espl.update_ratings(population.prompts, values, n, config.rating)
     assert [s.mu for s in population.prompts] == [0.3, 0.6, 0.5] and len({s.sigma for s in population.prompts}) == 1
@@ -2459,8 +2477,8 @@ def test_batches_cover_the_training_set_once_an_epoch():
     (dict(kl_coef=0.1), [0.5, -0.5, 0, 0]), (dict(mask_truncated=True, baseline="marginal"), [0.25, 0.25])])
 def test_advantages(changes, expected):
     """One problem, two prompts with rewards (1, 0) and (1, 1); the second response of each is truncated."""
-    responses = [espl.Response([7], [-1.0], stop) for stop in ("eos", "length")]
-    groups = [[espl.Group(None, ["", ""], r, prompt_ids=[1], responses=responses)] for r in ([1, 0], [1, 1])]
+    responses = [[espl.Response([7], [-1.0], stop) for stop in (first, "length")] for first in ("eos", "calls")]
+    groups = [[espl.Group(None, ["", ""], r, prompt_ids=[1], responses=y)] for r, y in zip(([1, 0], [1, 1]), responses)]
     samples = espl.to_samples(SimpleNamespace(config=espl.Config(**changes)), groups)
     assert [s.advantage for s in samples] == pytest.approx(expected)
     assert all((s.prompt, s.tokens, s.logprobs) == ([1], [7], [-1.0]) for s in samples)
@@ -2603,6 +2621,15 @@ def look_up(key: str) -> str:
     return f" {zlib.crc32(key.encode()) % 10}"
 
 
+def look_up_answer(key: str) -> str:
+    """Looks a key up, and speaks as the model should.
+
+    Args:
+        key: The key.
+    """
+    return look_up(key) + "Answer:"
+
+
 @pytest.fixture(scope="module")
 def caller(tmp_path_factory):
     """Directory of a task, whose answers only look_up knows, and of a model taught what a call looks like: of its calls
@@ -2685,13 +2712,14 @@ def test_evolution_with_a_tool(caller, tmp_path):
     assert m["too_many_calls"] > 0.9 and {r["reward"] for r in lines if r["stop"] == "calls"} == {-0.1}
     assert len(run.population.prompts) > 1 and m["mutation"] == "prompt 1 from 0"
     run = play(call_flags(caller, tmp_path / "run2", mode="evolution", iterations=1, reflect_on="all", num_rollouts=1,
-                          num_prompts=1), search_tool=lambda path: look_up)
+                          num_prompts=1), search_tool=lambda path: look_up_answer)
     requests = [r["prompt"] for r in read_lines(run, "reflections.jsonl") if r["request"] == "summarize"]
     shown = [r for r in read_lines(run, "rollouts.jsonl") if r["split"] == "train"]
     assert len(requests) == len(shown) == 16
     assert all(r["response"] in request for request, r in zip(requests, shown)) and OPEN in requests[0]
     for response in (r["response"] for r in shown if r["calls"] == 1):
-        assert re.search(re.escape(CLOSE) + r" \d\|", response)
+        assert re.search(re.escape(CLOSE) + r" \dAnswer:\|", response)
+    assert {r["outcome"] for r in shown if r["calls"] == 1} >= {"wrong"}  # what a tool says is no answer of the model
 
 
 # ======================================================================================================================
