@@ -4,7 +4,7 @@
     python espl.py --task aime                                   # AIME -> BeyondAIME with Qwen/Qwen3-1.7B from the hub
     python espl.py --task aime --mode rl                         # a baseline: evolution | reflection | rl
     python espl.py --task search --corpus-file passages.jsonl    # a search tool, called in several turns
-    python espl.py --resume runs/aime-espl-20260214-120000       # go on after the last complete iteration
+    python espl.py --resume runs/aime-espl-20260214-120000       # go on from the last checkpoint
 
 Each iteration samples rollouts under several system prompts of a population, takes one policy-gradient step on the
 weights, updates every prompt's TrueSkill rating from how it ranked, and breeds new prompts by letting the reference
@@ -560,8 +560,8 @@ def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
 def search_tool(corpus_file: str) -> Callable[..., str]:
     """The tool `search`: the three best passages of a JSONL file (id, title, text) for each query, by BM25.
 
-    The index is kept in the user's cache (bm25s: over 100,000 passages a query takes it half a millisecond; rank-bm25,
-    which keeps no index, half a second). Raises UserError for a file that cannot be read.
+    The index is kept in the user's cache (bm25s: over 100,000 passages a query takes it a millisecond; rank-bm25, which
+    keeps no index, half a second). Raises UserError for a file that cannot be read.
     """
     import bm25s
     logging.getLogger("bm25s").setLevel(logging.WARNING)

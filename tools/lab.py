@@ -158,11 +158,12 @@ def compare_tables(section: dict) -> str:
     paired = table(["E-SPL minus, same seed", *(f"{r} | 95 % interval" for r in readings[:2])],
                    [[name, *(difference(read(curves["espl"], r), read(c, r)) for r in readings[:2])]
                     for name, c in rows.items() if name not in (MODES["espl"], PERFECT)])
-    reached = [next((e["iteration"] for e in ours if e["test"] >= theirs[-1]["test"]), "never")
+    reached = [next((e["iteration"] for e in ours[1:] if e["test"] >= theirs[-1]["test"]), "never")
                for ours, theirs in zip(curves["espl"], curves["rl"])]
     return (f"{scores}\n\n{paired}\n\nE-SPL first reached rl's final score, that of iteration "
             f"{curves['rl'][0][-1]['iteration']}, at iteration {', '.join(map(str, reached))} (seeds "
-            f"{', '.join(map(str, section['seeds']))}; evaluated every {curves['rl'][0][1]['iteration']}).")
+            f"{', '.join(map(str, section['seeds']))}; its first evaluation in training was at iteration "
+            f"{curves['rl'][0][1]['iteration']}).")
 
 
 def vary_tables(section: dict) -> str:
