@@ -363,8 +363,8 @@ def to_problem(record: Any, where: str) -> Problem:
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object; write {{\"problem\": …, \"answer\": …}} on each line")
     match record:
-        case {"prompt": [{"content": str(text)}, *_], "reward_model": {"ground_truth": answer}}:  # DAPO-Math-17k: its
-            record = {"problem": "\n\n".join(text.split("\n\n")[1:-1]), "answer": answer}  # first and last part go
+        case {"prompt": [{"content": str(text)}, *_], "reward_model": {"ground_truth": str(answer)}}:  # DAPO-Math-17k
+            record = {"problem": "\n\n".join(text.split("\n\n")[1:-1]), "answer": answer}  # first, last part go
     question = record.get("problem") or record.get("question")
     answers = next((record[k] for k in ("answer", "groundtruth", "golden_answers") if record.get(k) is not None), None)
     answers = answers if isinstance(answers, list) else [answers]
@@ -498,12 +498,14 @@ class Chat:
 
         In the template's own tool role, or as a user's turn in tags where it has none; without a template only in tags.
         """
-        reply = CONTROL.sub("", reply)  # no text of a tool may end its turn
+        special = "|".join(map(re.escape, self.tokenizer.all_special_tokens)) or "$^"
+        reply = reply.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+        reply = re.sub(special, " ", CONTROL.sub(" ", TAGS.sub(" ", reply)))  # no text of a tool may end its turn
         tagged, mark = f"<tool_response>\n{reply}\n</tool_response>", "what the model said"
         for turn in {"role": "tool", "content": reply}, {"role": "user", "content": tagged}:
             messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}, turn]
             with contextlib.suppress(Exception):  # jinja2's TemplateError, or there is no template at all
-                after = self.render(messages).rpartition(mark)[2]
+                after = self.render(messages).partition(mark)[2]
                 if reply.strip() in after:
                     return self.tokenizer(after, add_special_tokens=False).input_ids
         return self.tokenizer(f"\n{tagged}\n", add_special_tokens=False).input_ids
@@ -516,8 +518,8 @@ class Chat:
 
 # ---- Tools: functions of keyword arguments that return a text. Signature and docstring are what the model is told.
 
-CONTROL = re.compile(  # text that could leave its turn when tokenised
-    r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>|</?tool_(?:call|response)>")
+CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # could leave its turn when tokenised
+TAGS = re.compile(r"</?tool_(?:call|response)>")
 LONGEST_CALL = 4_000  # characters
 
 
@@ -539,6 +541,7 @@ def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
 
     A call is <tool_call>{"name": …, "arguments": {…}}</tool_call>. Never raises.
     """
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)  # a thought may mention the tags
     before, tag, call = text.partition("</tool_call>")[0].partition("<tool_call>")
     if not tag:
         return "Error: </tool_call> without <tool_call> before it."
@@ -590,7 +593,8 @@ def search_tool(corpus_file: str) -> Callable[..., str]:
             raise ValueError("query_list must be a list of texts")
         replies = []
         for query in query_list[:4]:
-            found, scores = index.retrieve(words([query]), k=min(3, len(passages)), show_progress=False)
+            found, scores = index.retrieve(words([query]), k=min(3, len(passages)), show_progress=False,
+                                           backend_selection="numpy")  # by default it would use JAX
             hits = [passages[i] for i, score in zip(found[0], scores[0]) if score > 0]
             replies.append("\n\n".join([f"Query: {query}", *(hits or ["Nothing found."])]))
         return "\n\n".join(replies) or "Error: query_list is empty."
@@ -612,7 +616,8 @@ def grade_search(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
     graded = []
     for problem, text in pairs:
         said = final_text(text).split("Answer:")
-        right = len(said) == 2 and any(plain_words(said[1]) == plain_words(gold) for gold in problem.answers)
+        words = plain_words(said[1]) if len(said) == 2 else []
+        right = words and words in map(plain_words, problem.answers)
         graded.append((1.0, "correct") if right else (0.0, "wrong") if len(said) == 2 else (-0.1, "no_answer"))
     return graded
 
@@ -1641,10 +1646,13 @@ def padded(parts: list[tuple[list[int], int]], rows: int, length: int):
 def feed(model, layers, cache, owner: list, replied: dict, multiple: int):
     """The cache with what tools replied to the rollouts that own its rows; these leave `replied`, which holds tokens
     and the position of the first."""
-    rows = [s for s, o in enumerate(owner) if o in replied]
-    parts, R = [replied.pop(owner[s]) for s in rows], row_count(len(rows), len(owner), multiple)
-    ids, at = padded(parts, R, bucket(max(len(tokens) for tokens, _ in parts), 64))
-    return extend(*model, layers, cache, np.array(rows + [len(owner)] * (R - len(rows))), ids, at)
+    waiting = [s for s, o in enumerate(owner) if o in replied]
+    for rows in (waiting[i: i + 16] for i in range(0, len(waiting), 16)):  # not all at once: scores are [R, N, T, S]
+        parts, R = [replied.pop(owner[s]) for s in rows], row_count(len(rows), len(owner), multiple)
+        ids, at = padded(parts, R, bucket(max(len(tokens) for tokens, _ in parts), 64))
+        cache = extend(*model, layers, cache, np.array(rows + [len(owner)] * (R - len(rows))), ids, at)
+        jax.block_until_ready(cache)  # simulated devices may wait for ever on two programs in flight
+    return cache
 
 
 def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int], sampling: SamplingParams,
@@ -2488,7 +2496,7 @@ def tested_prompt(run: Run) -> SystemPrompt:
     c, pool = run.config, run.population.pool
     if c.test_prompt == "latest" or c.mode == "reflection" or c.num_prompts == 1:  # alone, no prompt is ever rated
         return pool[-1]
-    return max(pool, key=lambda s: (s.score(-c.ucb_lambda), s.id))
+    return max(pool, key=lambda s: (s.score(-c.ucb_lambda), bool(s.history), s.id))  # of equals one that has competed
 
 
 def evaluate(run: Run, iteration: int) -> dict:

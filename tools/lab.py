@@ -152,7 +152,8 @@ def compare_tables(section: dict) -> str:
     rows = {"base model": [c[:1] for c in curves["espl"]]} | {MODES[m]: curves[m] for m in MODES}
     if PERFECT in curves:
         rows |= {"a perfect prompt, frozen weights": [c[:1] for c in curves[PERFECT]], PERFECT: curves[PERFECT]}
-    readings = [r for r, (_, key) in READINGS.items() if key in curves["espl"][0][-1]]
+    rows_found = espl.summary(curves["espl"][0])
+    readings = [r for r, (row, key) in READINGS.items() if key in rows_found.get(row, ())]
     scores = table(["test problems solved", *readings],
                    [[name, *(spread(read(c, r)) for r in readings)] for name, c in rows.items()])
     paired = table(["E-SPL minus, same seed", *(f"{r} | 95 % interval" for r in readings[:2])],
