@@ -297,7 +297,7 @@ class Task:
     val: list[Problem]
     test: list[Problem]
     texts: dict[str, str]                      # this task's sections of prompts_seed.txt
-    grade: Callable[[list[tuple[Problem, str]]], list[tuple[float, str]]]  # responses -> (reward in [0, 1], outcome)
+    grade: Callable[[list[tuple[Problem, str]]], list[tuple[float, str]]]  # responses -> (reward at most 1, outcome)
     parse: Callable[[str], list[dict] | None]  # operations in a reply; None: unreadable
     tools: dict[str, Callable[..., str]] = field(default_factory=dict)  # what the model may call while it responds
 
@@ -470,9 +470,10 @@ class Chat:
                                                   enable_thinking=self.thinking, date_string="26 Jul 2024")
 
     def explains(self, schemas: list[dict]) -> bool:
-        """Whether the chat template itself tells the model of tools, and of <tool_call> as the way to call them."""
+        """Whether the chat template itself tells the model of tools, to be called as `call_tool` reads it."""
         with contextlib.suppress(Exception):  # jinja2's TemplateError, or there is no template at all
-            return bool(schemas) and "<tool_call>" in self.render([{"role": "user", "content": "-"}], schemas)
+            text = self.render([{"role": "user", "content": "-"}], schemas)
+            return bool(schemas) and "<tool_call>" in text and '"arguments"' in text  # not the XML of some templates
         return False
 
     def ids(self, system: str, user: str, schemas: list[dict] | None = None) -> list[int]:
@@ -579,7 +580,11 @@ def search_tool(corpus_file: str) -> Callable[..., str]:
         index = bm25s.BM25()
         index.index(words(passages), show_progress=False)
         try:
-            index.save(path, show_progress=False)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as part:  # another run may be reading the old one
+                index.save(Path(part) / "index", show_progress=False)
+                shutil.rmtree(path, ignore_errors=True)
+                (Path(part) / "index").rename(path)
         except OSError as e:
             warn(f"could not keep the search index in {path}: {first_line(e)}")
 
@@ -924,7 +929,7 @@ class Group:
     """A group: the N rollouts of one system prompt on one problem, graded."""
     problem: Problem
     texts: list[str]
-    rewards: list[float]                                # r[i, b, j] in [0, 1]
+    rewards: list[float]                                # r[i, b, j], at most 1
     outcomes: list[str] = field(default_factory=list)   # correct, wrong, no_answer, timeout or error
     prompt_ids: list[int] = field(default_factory=list)
     responses: list = field(default_factory=list)       # Response of section 6, for the RL update
@@ -2611,14 +2616,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def draw_curves(run: Run) -> None:
-    """curves.png: rewards and scores, TrueSkill mu of each prompt, response length, entropy."""
+    """curves.png: rewards and scores, rating mu of each prompt, response length, entropy."""
     from matplotlib.figure import Figure
     with open(run.directory / "metrics.jsonl", encoding="utf-8") as f:
         lines = [json.loads(line) for line in f]
     points = lambda rows, name: [(r["iteration"], r[name]) for r in rows if name in r]
     scores = {name: points(run.evaluations, name) for name in ("val", "test", "test_greedy")}
     panels = {"reward": {"training batch": points(lines, "reward_mean")} | {k: v for k, v in scores.items() if v},
-              "TrueSkill mu": {f"prompt {s.id}": points(s.history, "mu") for s in run.population.prompts},
+              "rating mu": {f"prompt {s.id}": points(s.history, "mu") for s in run.population.prompts},
               "response length (tokens)": {"mean": points(lines, "response_tokens")},
               "entropy (nats a token)": {"mean": points(lines, "entropy")}}
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -2630,7 +2635,7 @@ def draw_curves(run: Run) -> None:
         axis.set(title=title, xlabel="iteration", xlim=(-0.5, lines[-1]["iteration"] + 0.5))
         axis.grid(alpha=0.3)
         if title == "reward":
-            axis.set_ylim(-0.02, 1.02)
+            axis.set_ylim(min(-0.02, axis.get_ylim()[0]), 1.02)  # a reward may be negative
     figure.suptitle(run.directory.name)
     figure.savefig(run.directory / "curves.png", dpi=110)
 
@@ -2666,7 +2671,7 @@ def draw_tree(run: Run) -> None:
         for i in s.parents:
             axis.annotate("", (x[s.id], depth[s.id] - 0.26), (x[i], depth[i] + 0.28), zorder=1,
                           arrowprops=dict(arrowstyle="-|>", linewidth=1.3, shrinkA=0, shrinkB=0, **look))
-        axis.text(x[s.id], depth[s.id], f"{s.id}\n{s.mu:.1f}", ha="center", va="center", fontsize=7, zorder=2,
+        axis.text(x[s.id], depth[s.id], f"{s.id}\n{s.mu:.3g}", ha="center", va="center", fontsize=7, zorder=2,
                   bbox=dict(boxstyle="round", facecolor=scale.to_rgba(s.mu), linewidth=2.5 if s.id == tested else 0.6))
         for e in [e for e in s.scores if e["split"] == "test"][-1:]:
             axis.text(x[s.id] + 0.33, depth[s.id], f"{e['score']:.2f}", va="center", fontsize=7, color="firebrick")
@@ -2675,7 +2680,7 @@ def draw_tree(run: Run) -> None:
     axis.plot([], [], "ks", markerfacecolor="none", markeredgewidth=2.5, label="tested prompt")
     axis.plot([], [], color="firebrick", marker="$0.5$", markersize=14, linestyle="", label="test score")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.colorbar(scale, ax=axis, label="TrueSkill mu", shrink=min(1, 4 / height), aspect=15)
+    figure.colorbar(scale, ax=axis, label="rating mu", shrink=min(1, 4 / height), aspect=15)
     figure.suptitle(run.directory.name)
     figure.savefig(run.directory / "tree.png", dpi=min(110, 10_000 / max(figure.get_size_inches())))
     figure.savefig(run.directory / "tree.svg")

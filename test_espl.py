@@ -1183,7 +1183,7 @@ def multiply(a: int, b: int) -> str:
 
 
 HERMES = ("{% if tools %}<|system|>{{ messages[0].content if messages[0].role == 'system' }}\n"
-          "{% for t in tools %}{{ t | tojson }}{% endfor %} Use <tool_call></tool_call>.\n{% endif %}"
+          "{% for t in tools %}{{ t | tojson }}{% endfor %} Use <tool_call>{\"arguments\"}</tool_call>.\n{% endif %}"
           "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>")
 SCHEMA = ('{"name": "x", "description": "Multiplies two numbers.", "parameters": {"type": "object", "properties": {'
           '"a": {"type": "integer", "description": "One."}, "b": {"type": "integer", "description": "The other."}}, '
@@ -1191,9 +1191,11 @@ SCHEMA = ('{"name": "x", "description": "Multiplies two numbers.", "parameters":
 
 
 @pytest.mark.parametrize("template, expected", [
-    (HERMES, '<|system|>S\n\nP [G0] p\n{"type": "function", "function": SCHEMA} Use <tool_call></tool_call>.\n'
-             "<|user|>Q?\n<|assistant|>"),
+    (HERMES, '<|system|>S\n\nP [G0] p\n{"type": "function", "function": SCHEMA} Use '
+             '<tool_call>{"arguments"}</tool_call>.\n<|user|>Q?\n<|assistant|>'),
     (CHATML, "<|system|>S\n\nT SCHEMA\n\nP [G0] p\n<|user|>Q?\n<|assistant|>"),
+    ("{% if tools %}XML: <tool_call>name<arg_key>{% endif %}" + CHATML,  # calls that call_tool does not read
+     "<|system|>S\n\nT SCHEMA\n\nP [G0] p\n<|user|>Q?\n<|assistant|>"),
     (GEMMA, "<bos><|user|>S\n\nT SCHEMA\n\nP [G0] p\n\nQ?<|model|>"),
     (None, "<bos>S\n\nT SCHEMA\n\nP [G0] p\n\nQ?\n\n")])
 def test_the_model_is_told_of_the_tools_once(make_chat, template, expected):
@@ -2591,7 +2593,7 @@ def test_tree_picture(tmp_path, monkeypatch):
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         espl.draw_tree(run)
     assert (tmp_path / "tree.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    at = {s.id: drawn[f"{s.id}\n{s.mu:.1f}"][:2] for s in prompts}
+    at = {s.id: drawn[f"{s.id}\n{s.mu:.3g}"][:2] for s in prompts}
     assert drawn["0.62"][1] == at[0][1] and len(drawn) == 61
     [marked] = [s for s, (_, _, k) in drawn.items() if k.get("bbox", {}).get("linewidth", 0) > 1]
     assert marked.startswith(f"{espl.tested_prompt(run).id}\n")
