@@ -48,6 +48,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import string
 import subprocess
 import sys
@@ -2832,11 +2833,32 @@ def start_run(config: Config) -> Run:
     return Run(config, task, chat, engine, population, optimizer, opt_state, directory)
 
 
+@contextlib.contextmanager
+def interrupts():
+    """A list that is no longer empty when Ctrl-C was pressed, even if some library swallowed the KeyboardInterrupt."""
+    pressed = []
+
+    def interrupt(*_):
+        pressed.append(True)
+        raise KeyboardInterrupt
+
+    def replace(old, new):
+        if signal.getsignal(signal.SIGINT) is old:  # not if it is ignored, as in the background
+            with contextlib.suppress(ValueError):  # outside the main thread
+                signal.signal(signal.SIGINT, new)
+
+    replace(signal.default_int_handler, interrupt)
+    try:
+        yield pressed
+    finally:
+        replace(interrupt, signal.default_int_handler)
+
+
 def train(run: Run) -> None:
     """Algorithm 1's loop, with evaluation, logs and a checkpoint after every iteration."""
     c = run.config
     last = c.iterations or c.epochs * max(1, len(run.task.train) // c.batch_size)
-    with checkpoint_manager(run, "checkpoints", keep=2) as manager:
+    with checkpoint_manager(run, "checkpoints", keep=2) as manager, interrupts() as interrupted:
         done = restore_checkpoint(run, manager) if c.resume else -1
         for iteration in range(done + 1, last + 1):
             run.seconds.clear()
@@ -2856,6 +2878,8 @@ def train(run: Run) -> None:
             print_line(run, m, last)
             if iteration % c.save_every == 0 or iteration == last:
                 save_checkpoint(run, manager, iteration)
+            if interrupted:  # inside a callback of some library, which swallowed the exception
+                raise KeyboardInterrupt
 
 
 def count_programs() -> list[float]:
