@@ -844,37 +844,34 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
     Responses are sorted by length, in powers of two, and those of equal length by prompt.
     """
     numbers = {}  # of the prompts
-    rows_left = sorted(((bucket(len(s.tokens), 32), numbers.setdefault(tuple(s.prompt), len(numbers)), s)
-                        for s in samples), key=lambda row: (-row[0], row[1]))
-    S, share = bucket(max(map(len, numbers)) - 1, 64), len(samples) / len(numbers)  # rows to a prompt
-    while rows_left:
-        T = rows_left[0][0]
-        B = max(1, int(max_tokens / (T + S / share)))
-        while B * T > 2048 and len(rows_left) <= B / 2:  # the last ones
-            B = -(-B // 2)
+    left = [(bucket(len(s.tokens), 32), numbers.setdefault(tuple(s.prompt), len(numbers)), s) for s in samples]
+    left.sort(key=lambda row: (-row[0], row[1]))
+    S, share = bucket(max(map(len, numbers)) - 1, 64), 1 << int(math.log2(len(samples) / len(numbers)))
+    while left:
+        T = left[0][0]
+        B = max(1, int(max_tokens / (T + S / share)))  # as if every prompt had `share` rows
+        B = B if len(left) > B // 2 else -(-B // 2)  # of the last rows there may be few
         B, num_prompts = (-(-n // row_multiple) * row_multiple for n in (B, -(-B // share)))
-        taken = [s for _, _, s in rows_left[:B]]
-        while len({tuple(s.prompt) for s in taken}) > num_prompts:
-            taken.pop()
-        rows_left = rows_left[len(taken):]
-        yield pack(taken, (int(B), T), (int(num_prompts), S))
+        n = min(B, len(left))
+        while len({number for _, number, _ in left[:n]}) > num_prompts:
+            n -= 1
+        yield pack([s for _, _, s in left[:n]], (B, T), (num_prompts, S))
+        left = left[n:]
 
 
 def pack(samples: list[Sample], shape: tuple[int, int], prompt_shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """A batch of rows [B, T] and the prompts [P, S] that own them, without their last tokens, which begin the rows."""
+    """A batch of rows [B, T], and of the prompts that own them, without their last tokens, with which the rows begin."""
     prompts = list(dict.fromkeys(tuple(s.prompt) for s in samples))
+    rows = [(s.prompt[-1:] + s.tokens[:-1], len(s.prompt) - 1) for s in samples]
     batch = dict(zip(("prompt", "prompt_position"), padded([(p[:-1], 0) for p in prompts], *prompt_shape)))
-    starts = [(s.prompt[-1:] + s.tokens[:-1], len(s.prompt) - 1) for s in samples]
-    batch |= dict(zip(("token", "position"), padded(starts, *shape)))
-    batch |= {"target": np.zeros(shape, np.int32), "behaviour": np.zeros(shape, np.float32),
-              "mask": np.zeros(shape, bool), "advantage": np.zeros(shape[0], np.float32),
-              "owner": np.zeros(shape[0], np.int32)}
+    batch |= dict(zip(("token", "position"), padded(rows, *shape)))
+    batch |= {"target": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool), "owner": np.zeros(shape[0], np.int32),
+              "behaviour": np.zeros(shape, np.float32), "advantage": np.zeros(shape[0], np.float32)}
     for i, s in enumerate(samples):
         n = len(s.tokens)
-        batch["target"][i, :n], batch["advantage"][i], batch["owner"][i] = s.tokens, s.advantage, prompts.index(
-            tuple(s.prompt))
+        batch["owner"][i], batch["advantage"][i] = prompts.index(tuple(s.prompt)), s.advantage
+        batch["target"][i, :n], batch["mask"][i, :n] = s.tokens, [p is not None for p in s.logprobs]
         batch["behaviour"][i, :n] = [p or 0.0 for p in s.logprobs]
-        batch["mask"][i, :n] = [p is not None for p in s.logprobs]
     return batch
 
 
@@ -977,7 +974,7 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
         with progress(total=len(queue), desc=sampling.label) as bar:
             while queue or any(decoder.rows):
                 admit(decoder, queue, prompts)
-                resize(decoder, waiting=bool(queue))
+                grow(decoder)
                 feed(decoder)
                 bar.update(collect(decoder, *decode(decoder, sampling, stop_ids), environment))
     return responses
@@ -1017,19 +1014,12 @@ def admit(decoder: Decoder, queue, prompts: list[list[int]]) -> None:
         decoder.cache = write_prefix(decoder.cache, decoder.prefix[1], i)
 
 
-def resize(decoder: Decoder, waiting: bool) -> None:
-    """A longer cache if a row might outgrow it; fewer rows if few are left and none waits."""
-    rows, data = decoder.rows, decoder.engine.policy.mesh.shape["data"]
-    live = sum(row is not None for row in rows)
-    fewer = row_count(live, len(rows), data)
-    if waiting or fewer > len(rows) // 4:
-        fewer = len(rows)
-    need = max(row.position for row in rows if row) + DECODE_CHUNK
-    if fewer < len(rows) or need > decoder.length:
-        kept = sorted(range(len(rows)), key=lambda i: rows[i] is None)[:fewer]
-        decoder.length = max(decoder.length, cache_length(decoder.engine, need))
-        decoder.cache = resize_cache(decoder.cache, np.array(kept), decoder.length)
-        decoder.rows = [rows[i] for i in kept]
+def grow(decoder: Decoder) -> None:
+    """A longer cache if a row might outgrow it in the next steps."""
+    need = max(row.position for row in decoder.rows if row) + DECODE_CHUNK
+    if need > decoder.length:
+        decoder.length = cache_length(decoder.engine, need)
+        decoder.cache = longer_cache(decoder.cache, decoder.length)
 
 
 def feed(decoder: Decoder) -> None:
@@ -1088,8 +1078,8 @@ def bucket(n: int, least: int = 128) -> int:
 
 
 def row_count(needed: int, most: int, multiple: int) -> int:
-    """Rows of a cache for `needed` rollouts: 1, 8, 16, 32, …, at most `most`, divisible among the devices."""
-    rows = min(most, 1 if needed == 1 else bucket(needed, 8))
+    """Rows of a cache for `needed` rollouts: 8, 32, 128, …, at most `most`, divisible among the devices."""
+    rows = min(most, 8 * 4 ** max(0, math.ceil(math.log(needed / 8, 4))))
     return -(-rows // multiple) * multiple
 
 
@@ -1128,9 +1118,9 @@ def write_prefix(cache, prefix, row):
 
 
 @partial(jax.jit, static_argnames="length")  # not donated: no buffer has the new shape
-def resize_cache(cache, rows, length):
-    """The cache with only these rows, and room for `length` tokens in each."""
-    return jax.tree.map(lambda x: jnp.pad(x[rows], ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
+def longer_cache(cache, length):
+    """The cache with room for `length` tokens in each row."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
@@ -2553,6 +2543,7 @@ def main(argv: list[str] | None = None) -> int:
         c = parse_args(sys.argv[1:] if argv is None else argv)
         if c.compile_cache:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
         run = start_run(c)
         task, cfg = run.task, run.policy.cfg
         longest = max(len(rollout_ids(task, run.chat, task.root, x)) for x in task.train) + c.max_new_tokens

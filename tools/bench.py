@@ -76,8 +76,7 @@ def limits(cfg, rows: int) -> tuple[float, float, float]:
 
 def load(args) -> tuple[espl.Engine, Path]:
     """The model on all devices, ready to sample, and its directory (a temporary one for a named shape)."""
-    mesh = jax.make_mesh((len(jax.devices()), 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    jax.set_mesh(mesh)
+    mesh = espl.make_mesh(1)
     directory = Path(args.model)
     if args.model in SHAPES:
         directory = Path(args.scratch)
@@ -91,8 +90,8 @@ def load(args) -> tuple[espl.Engine, Path]:
     else:
         policy = espl.make_policy(espl.Transformer(cfg, nnx.Rngs(0)), mesh)
     eos = tuple(range(4, 5 + cfg.vocab_size // 128))
-    slots = args.slots or (64 if jax.default_backend() == "cpu" else 512)
-    return espl.Engine(policy, eos, cfg.max_context, slots, espl.cache_tokens(policy)), directory
+    rows = args.max_rows or (64 if jax.default_backend() == "cpu" else 512)
+    return espl.Engine(policy, eos, cfg.max_context, rows, espl.cache_tokens(policy)), directory
 
 
 def make_samples(args, vocabulary: int) -> list:
@@ -110,9 +109,8 @@ def bench_espl(args, engine, prompts: list[list[int]]) -> dict[str, tuple[float,
     weights = sum(w.size for w in jax.tree.leaves((policy.frozen, policy.theta))) - (0 if cfg.tied else table)
     per_token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
     large, small, bandwidth = limits(cfg, rows)
-    sampling = lambda n: espl.SamplingParams(1.0, 1.0, n)
-    sample = lambda n, seed=0: espl.generate(engine, policy.theta, prompts, [args.samples] * len(prompts), sampling(n),
-                                             (0, seed))
+    sample = lambda n, seed=0: espl.generate(engine, policy.theta, prompts, [args.samples] * len(prompts),
+                                             espl.Sampling(1.0, args.top_p, n, (0, seed)))
     n = max(map(len, prompts))
     ids = np.random.default_rng(2).integers(4, cfg.vocab_size, (1, espl.bucket(n))).astype(np.int32)
     prefill, _ = timed(lambda: espl.prefill(policy.graphdef, policy.theta, policy.frozen, ids,
@@ -131,13 +129,8 @@ def bench_espl(args, engine, prompts: list[list[int]]) -> dict[str, tuple[float,
             read = weights * jnp.dtype(cfg.dtype).itemsize + per_token * (live[:, 0] + t).sum()
             least += max(read / bandwidth, 2 * weights * len(live) / small)
     samples, optimizer = make_samples(args, cfg.vocab_size), optax.adam(4e-5, b1=0.9, b2=0.95, eps=1e-8)
-    state = [jax.jit(optimizer.init)(policy.theta)]
-
-    def update():
-        state[0], _ = espl.rl_update(policy, optimizer, state[0], samples, rows, espl.Objective(),
-                                     args.microbatch_tokens)
-
-    training, _ = timed(update, args.runs)
+    trainer = espl.Trainer(policy, optimizer, jax.jit(optimizer.init)(policy.theta), max_tokens=args.microbatch_tokens)
+    training, _ = timed(lambda: espl.rl_update(trainer, samples, rows), args.runs)
     trained = rows * (args.new_tokens // 2)  # prompts need no logits
     flops = (4 if cfg.lora_rank else 6) * (weights * trained + (weights - table) * args.prompts * args.prompt_tokens)
     return {"large matrix multiplication": (large / 1e12, "Tflop/s", None),
@@ -239,10 +232,18 @@ def materialised(model, hidden, target, temperature):
     return jnp.take_along_axis(logp, target[..., None], -1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, -1)
 
 
+def count_programs() -> list[float]:
+    """A list that grows by the seconds of every program that XLA compiles from now on, or reads from its cache."""
+    built = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: built.append(seconds) if name.endswith("backend_compile_duration") else None)
+    return built
+
+
 def print_search(sizes: list[int]) -> None:
     """Seconds that the search tool takes to start, and a query; passages of 80 words, the k-th of which has a
     probability of 1 / k."""
-    rng, vocabulary = np.random.default_rng(0), np.array([f"word{k}" for k in range(1, 50_001)])
+    task, rng, vocabulary = espl.task_file("search"), np.random.default_rng(0), np.array([f"word{k}" for k in range(1, 50_001)])
     chances = 1 / np.arange(1, len(vocabulary) + 1)
     text = lambda n: " ".join(rng.choice(vocabulary, n, p=chances / chances.sum()))
     print("| passages | file | first start | later starts | a query | memory |\n| --- | --- | --- | --- | --- | --- |")
@@ -255,7 +256,7 @@ def print_search(sizes: list[int]) -> None:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             for _ in range(2):
                 start = time.perf_counter()
-                search = espl.search_tool(str(path))
+                search = task["search_tool"](task["read_passages"](str(path)))
                 seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
             for query in queries:
@@ -268,8 +269,7 @@ def print_search(sizes: list[int]) -> None:
 
 def print_memory(lora_rank: int, vocabulary: int = 131072) -> None:
     """Temporary memory of an update on 8 responses of 256 tokens, as compiled, against one with all logits at once."""
-    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    jax.set_mesh(mesh)
+    espl.make_mesh(1)
     cfg = espl.ModelConfig(
         num_layers=2, model_dim=768, mlp_dim=2048, num_heads=12, num_kv_heads=4, head_dim=64, vocab_size=vocabulary,
         max_context=4096, norm_eps=1e-5, rope_frequencies=(espl.rope_frequencies({"rope_theta": 1e4}, 64),),
@@ -308,7 +308,8 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=512)
-    parser.add_argument("--slots", type=int, default=0)
+    parser.add_argument("--max-rows", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--microbatch-tokens", type=int, default=4500)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--vs", choices=("hf",))
@@ -326,7 +327,7 @@ def main() -> int:
     if args.memory:
         print_memory(args.lora_rank)
         return 0
-    built = espl.count_programs()
+    built = count_programs()
     with tempfile.TemporaryDirectory() as args.scratch:
         try:
             engine, directory = load(args)
