@@ -193,11 +193,10 @@ class Config:
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
     save_every: int = flag(1, "Run", "iterations between checkpoints", low=1)
-    show_samples: int = flag(0, "Run", "print a response every so many iterations (0: never)", low=0)
     compile_cache: str = flag("~/.cache/espl/jax", "Run", "folder of compiled programs ('': off)")
 
 
-RESUMABLE = ("epochs", "iterations", "save_every", "show_samples", "max_rows", "microbatch_tokens", "compile_cache")
+RESUMABLE = ("epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache")
 
 # ======================================================================================================================
 # 3. Algorithm 1: the loop over iterations, and one iteration from rollouts to children
@@ -244,28 +243,26 @@ def espl_iteration(run: Run, iteration: int) -> dict:
         update_ratings(prompts_M, values_M, iteration, c.rating)                        # lines 10-11
         k = argmax(values_M, rng)                                                       # line 12
         with timed(run, "reflect"):
-            evolution = breed(run, Tournament(prompts_M, groups_MB, k), iteration, rng)  # lines 13-21
+            ask = make_ask(run, iteration)
+            evolution = breed(run, Reflection(prompts_M, groups_MB, k, ask, run.task.parse, c), iteration, rng)  # 13-21
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
 
 
-def breed(run: Run, tournament: Tournament, iteration: int, rng) -> dict:
+def breed(run: Run, reflection: Reflection, iteration: int, rng) -> dict:
     """Append the children of this iteration's prompts to the population (Alg. 1, lines 13-21); returns the log."""
-    c = run.config
-    reflector = Reflector(make_ask(run, iteration), run.task.parse, c)
-    log = {"children": {}, "no_child": {}}
+    c, log = run.config, {"children": {}, "no_child": {}}
     for name, (operator, chance) in OPERATORS.items():
         if chance(c) < 1 and rng.random() >= chance(c):
             continue
         try:
-            principles, parents = operator(tournament, reflector)
-            child = add_child(run.population, principles, parents, name, iteration, c)
+            child = add_child(run.population, *operator(reflection), name, iteration, c)
             log["children"][name] = {"id": child.id, "parents": child.parents}
         except NoChild as e:
             log["no_child"][name] = str(e)
         except Exception as e:  # a failure in reflection never ends a run
             log["no_child"][name] = f"failed: {first_line(e)}"
             run.append("reflections.jsonl", [{"iteration": iteration, "traceback": traceback.format_exc()}])
-    return log | {"parse_failures": reflector.unread, "dropped": dict(+reflector.dropped)}
+    return log | {"parse_failures": reflection.unread, "dropped": dict(+reflection.dropped)}
 
 
 def last_iteration(run: Run) -> int:
@@ -314,7 +311,7 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
     sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens,
                         run.seed(f"{split}/{iteration}"), f"sampling {split}")
     with timed(run, "sample" if split == "train" else "evaluate"):
-        responses = generate(run.engine, run.policy.theta, prompts, [n for _, _, n in pairs], sampling,
+        responses = generate(run.policy, run.policy.theta, prompts, [n for _, _, n in pairs], sampling,
                              partial(answer_call, run, prompts) if run.task.tools else None)
     with timed(run, "grade" if split == "train" else "evaluate"):
         last_turns = [(x, final_text(chat.text(y.tokens[y.turn:], y.tokens[:y.turn] or prompt)))
@@ -423,7 +420,7 @@ def add_child(population: list[SystemPrompt], principles: list[str], parents: li
     what is known of them, and so much uncertainty that it is soon tried.
     """
     if same := [s for s in population if s.principles == principles]:
-        raise NoChild(f"nothing changed (equal to prompt {same[0].id})")
+        raise NoChild(f"nothing changed (equal to prompt {same[0].id}); raise --reflect-temperature")
     precision = [s.sigma**-2 for s in parents]
     mu = sum(p * s.mu for p, s in zip(precision, parents)) / sum(precision)
     sigma = math.sqrt(1 / sum(precision) + c.delta_sigma**2)
@@ -440,16 +437,14 @@ class NoChild(Exception):
 
 
 @dataclass
-class Tournament:
-    """One iteration's prompts, their groups on each problem, and the index k of the best one."""
+class Reflection:
+    """What an operator works with: an iteration's tournament, and the reflection model.
+
+    ask(request, [slots, …]) samples a reply to each request of prompts_seed.txt, filled in with the slots.
+    """
     prompts: list[SystemPrompt]
     groups_MB: list[list[Group]]
-    best: int
-
-
-@dataclass
-class Reflector:
-    """The reflection model. ask(request, [slots, …]) samples a reply to each filled-in request of prompts_seed.txt."""
+    best: int                                          # k: the index of the best prompt
     ask: Callable[[str, list[dict]], list[str]]
     parse: Callable[[str], list[dict] | None]          # operations in a reply; None: unreadable
     config: Config
@@ -466,54 +461,55 @@ class Reflector:
         return parsed
 
 
-def mutate(tournament: Tournament, reflector: Reflector) -> tuple[list[str], list[SystemPrompt]]:
+def mutate(r: Reflection) -> tuple[list[str], list[SystemPrompt]]:
     """Contrasts the successes and failures of the best prompt and edits its principles.
 
     (Alg. 1, lines 13-15; appendix LLM-Based Self-Reflection: summarise, critique, aggregate, apply.)
     """
-    c, parent = reflector.config, tournament.prompts[tournament.best]
+    c, parent = r.config, r.prompts[r.best]
     wanted = {"contrast": lambda g: g.contrast, "failures": lambda g: g.value < 1, "all": lambda g: True}
-    groups = [g for g in tournament.groups_MB[tournament.best] if wanted[c.reflect_on](g)][: c.reflect_problems or None]
+    groups = [g for g in r.groups_MB[r.best] if wanted[c.reflect_on](g)][: c.reflect_problems or None]
     if not groups:
-        raise NoChild(f"no problem to reflect on ({c.reflect_on})")
+        raise NoChild(f"no problem to reflect on ({c.reflect_on}); try --reflect-on failures, or easier or harder problems")
     current, problems = numbered(parent.principles), [g.problem for g in groups]
     # App. Trajectory Summarization: one request a rollout, given its grade and the truth
-    summaries = iter(reflector.ask("summarize", [
+    summaries = iter(r.ask("summarize", [
         dict(problem=g.problem.question, answer=g.problem.answer, principles=listing(current), response=y, grade=grade)
         for g in groups for y, grade in zip(g.texts, g.grades)]))
     # App. Self-Critique and Local Edit Proposal: one request a problem, at most K_ops operations each
-    critiques = reflector.operations("critique", [
+    critiques = r.operations("critique", [
         critique_slots(g.problem, current, [(grade, next(summaries)) for grade in g.grades], c.max_operations)
         for g in groups])
     proposals = []
     for ops in critiques:
-        good = valid(ops or [], ("add", "modify"), current, problems, c, reflector.dropped)
-        reflector.dropped.update({"beyond K_ops": max(0, len(good) - c.max_operations)})
+        good = valid(ops or [], ("add", "modify"), current, problems, c, r.dropped)
+        r.dropped.update({"beyond K_ops": max(0, len(good) - c.max_operations)})
         proposals += good[: c.max_operations]
     if not proposals:
-        raise NoChild(f"no valid proposal ({critiques.count(None)} of {len(critiques)} critiques did not parse)")
+        raise NoChild(f"no valid proposal ({critiques.count(None)} of {len(critiques)} critiques did not parse); raise "
+                      "--reflect-tokens or give --no-thinking, and read reflections.jsonl")
     # App. Local-to-Global Aggregation: one request for all proposals
     candidates, slots = aggregate_slots(current, proposals)
-    [plan] = reflector.operations("aggregate", [slots])
+    [plan] = r.operations("aggregate", [slots])
     if plan is None:
-        raise NoChild("the revision plan did not parse")
-    return apply_operations(candidates, plan, ("modify", "merge"), problems, c, reflector.dropped), [parent]
+        raise NoChild("the revision plan did not parse; raise --reflect-tokens or give --no-thinking")
+    return apply_operations(candidates, plan, ("modify", "merge"), problems, c, r.dropped), [parent]
 
 
-def crossover(tournament: Tournament, reflector: Reflector) -> tuple[list[str], list[SystemPrompt]]:
+def crossover(r: Reflection) -> tuple[list[str], list[SystemPrompt]]:
     """Edits the best prompt's principles by those of others that won a problem; parents: the best first   (Alg. 2)."""
-    prompts, best, problems = tournament.prompts, tournament.best, [g.problem for g in tournament.groups_MB[0]]
-    wins = crossover_parents(np.array([[g.value for g in row] for row in tournament.groups_MB]), best)
+    prompts, problems = r.prompts, [g.problem for g in r.groups_MB[0]]
+    wins = crossover_parents(np.array([[g.value for g in row] for row in r.groups_MB]), r.best)
     if not wins:
         raise NoChild("fewer than two prompts, or not the best one, won a problem strictly")
     letters = dict(zip(wins, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
-    [ops] = reflector.operations("crossover", [crossover_slots(
+    [ops] = r.operations("crossover", [crossover_slots(
         {x: prompts[i].principles for i, x in letters.items()},
         [(letters[i], b, problems[b]) for i in wins for b in wins[i]])])
     if ops is None:
         raise NoChild("the reply did not parse")
-    principles = apply_operations(numbered(prompts[best].principles, "A."), ops, ("add", "modify", "remove"), problems,
-                                  reflector.config, reflector.dropped)
+    principles = apply_operations(numbered(prompts[r.best].principles, "A."), ops, ("add", "modify", "remove"),
+                                  problems, r.config, r.dropped)
     return principles, [prompts[i] for i in wins]
 
 
@@ -838,25 +834,24 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
 
 
 def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
-    """Padded batches of about max_tokens tokens, in few distinct shapes. Exact for any order and any split.
+    """Padded batches of at most about max_tokens tokens, in few distinct shapes. Exact for any order and any split.
 
     A row is a response, preceded by the last prompt token; the rest of a prompt is in the batch once for all its rows.
-    Responses are sorted by length, in powers of two, and those of equal length by prompt.
+    A batch holds responses of one length, in powers of two, prompt by prompt.
     """
-    numbers = {}  # of the prompts
-    left = [(bucket(len(s.tokens), 32), numbers.setdefault(tuple(s.prompt), len(numbers)), s) for s in samples]
-    left.sort(key=lambda row: (-row[0], row[1]))
-    S, share = bucket(max(map(len, numbers)) - 1, 64), 1 << int(math.log2(len(samples) / len(numbers)))
-    while left:
-        T = left[0][0]
-        B = max(1, int(max_tokens / (T + S / share)))  # as if every prompt had `share` rows
-        B = B if len(left) > B // 2 else -(-B // 2)  # of the last rows there may be few
-        B, num_prompts = (-(-n // row_multiple) * row_multiple for n in (B, -(-B // share)))
-        n = min(B, len(left))
-        while len({number for _, number, _ in left[:n]}) > num_prompts:
-            n -= 1
-        yield pack([s for _, _, s in left[:n]], (B, T), (num_prompts, S))
-        left = left[n:]
+    numbers, by_length = {}, {}
+    for s in samples:
+        numbers.setdefault(tuple(s.prompt), len(numbers))
+        by_length.setdefault(bucket(len(s.tokens), 32), []).append(s)
+    S = bucket(max(map(len, numbers)) - 1, 64)
+    for T, left in sorted(by_length.items(), reverse=True):
+        left.sort(key=lambda s: numbers[tuple(s.prompt)])
+        while left:
+            B = row_count(len(left), max(1, max_tokens // (T + S)), row_multiple)
+            prompts = len({tuple(s.prompt) for s in left[:B]})
+            prompts = -(-B // 4) if prompts <= B // 4 else B
+            yield pack(left[:B], (B, T), (-(-prompts // row_multiple) * row_multiple, S))
+            left = left[B:]
 
 
 def pack(samples: list[Sample], shape: tuple[int, int], prompt_shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -904,17 +899,6 @@ class Sampling(NamedTuple):
 
 
 @dataclass
-class Engine:
-    """What sampling needs beside the weights: stop tokens and limits."""
-    policy: Policy
-    eos_ids: tuple[int, ...]
-    context: int                 # most tokens of prompt + response
-    max_rows: int = 64           # most rollouts decoded at once
-    cache_tokens: int = 2**40    # most tokens that all rows together may hold
-    pause_ids: tuple[int, ...] = ()  # tokens that end a call of a tool; without, only every DECODE_CHUNK steps are seen
-
-
-@dataclass
 class Response:
     """A sampled response. The end-of-sequence token, if it came, is part of it and is trained on.
 
@@ -944,7 +928,7 @@ class Row:
 @dataclass
 class Decoder:
     """The cache, the rollouts that own its rows (None: free), and the weights in the form that decoding takes."""
-    engine: Engine
+    policy: Policy
     weights: tuple        # graphdef, theta, frozen
     layers: list          # of the model, one by one
     rows: list[Row | None]
@@ -953,7 +937,7 @@ class Decoder:
     prefix: tuple = (-1, None)  # the prompt that was prefilled last, and its keys and values
 
 
-def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int], sampling: Sampling,
+def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int], sampling: Sampling,
              environment=None) -> list[list[Response]]:
     """counts[g] responses to each tokenised prompt, from pi_theta.
 
@@ -963,44 +947,42 @@ def generate(engine: Engine, theta, prompts: list[list[int]], counts: list[int],
     A response depends on the weights, the seed, its prompt, g and its number alone, not on rows or company. A prompt
     that leaves no room in the context gets empty responses with stop "length".
     """
-    room = [max(0, min(sampling.max_new_tokens, engine.context - len(p))) for p in prompts]
+    room = [max(0, min(sampling.max_new_tokens, policy.context - len(p))) for p in prompts]
     responses = [[Response([], []) for _ in range(n)] for n in counts]
     key = lambda g, j: np.random.SeedSequence([*sampling.seed, g, j]).generate_state(2)
     queue = deque(Row(g, r, key(g, j), len(p), room[g], p[-1], len(p) - 1, room[g])
                   for g, p in enumerate(prompts) for j, r in enumerate(responses[g]) if room[g])
     if queue:
-        decoder = new_decoder(engine, theta, queue)
-        stop_ids = np.array(engine.eos_ids + (engine.pause_ids if environment else ()))
+        decoder = new_decoder(policy, theta, queue)
+        stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
         with progress(total=len(queue), desc=sampling.label) as bar:
             while queue or any(decoder.rows):
                 admit(decoder, queue, prompts)
-                grow(decoder)
+                resize(decoder, waiting=bool(queue))
                 feed(decoder)
                 bar.update(collect(decoder, *decode(decoder, sampling, stop_ids), environment))
     return responses
 
 
-def new_decoder(engine: Engine, theta, queue) -> Decoder:
+def new_decoder(policy: Policy, theta, queue) -> Decoder:
     """An empty cache with as many rows as the queue needs and memory allows."""
-    policy = engine.policy
     theta = jax.tree_util.tree_map_with_path(  # cast once, not in every step; norms stay in float32, as in training
         lambda path, w: w if path_name(path).endswith("scale") else w.astype(policy.cfg.dtype), theta)
     weights = policy.graphdef, theta, policy.frozen
-    B = row_count(len(queue), most_rows(engine, max(row.start + row.room for row in queue)),
-                  policy.mesh.shape["data"])
-    length = cache_length(engine, max(row.start for row in queue) + DECODE_CHUNK)
+    B = row_count(len(queue), most_rows(policy, max(row.start + row.room for row in queue)), policy.mesh.shape["data"])
+    length = cache_length(policy, max(row.start for row in queue) + DECODE_CHUNK)
     cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(policy.cfg, B, length)
-    return Decoder(engine, weights, unstack(*weights), [None] * B, length, cache)
+    return Decoder(policy, weights, unstack(*weights), [None] * B, length, cache)
 
 
-def most_rows(engine: Engine, tokens: int) -> int:
+def most_rows(policy: Policy, tokens: int) -> int:
     """How many rollouts of up to so many tokens decode at once: a row is kept free for the longest response."""
-    return min(engine.max_rows, max(1, engine.cache_tokens // cache_length(engine, tokens)))
+    return min(policy.max_rows, max(1, policy.cache_tokens // cache_length(policy, tokens)))
 
 
-def cache_length(engine: Engine, tokens: int) -> int:
+def cache_length(policy: Policy, tokens: int) -> int:
     """Few distinct lengths, so few compilations, and none longer than the context needs."""
-    return min(bucket(tokens), -(-engine.context // 128) * 128)
+    return min(bucket(tokens), -(-policy.context // 128) * 128)
 
 
 def admit(decoder: Decoder, queue, prompts: list[list[int]]) -> None:
@@ -1009,17 +991,22 @@ def admit(decoder: Decoder, queue, prompts: list[list[int]]) -> None:
         row = decoder.rows[i] = queue.popleft()
         if row.group != decoder.prefix[0]:
             prompt = prompts[row.group][:-1]
-            parts = padded([(prompt, 0)], 1, cache_length(decoder.engine, len(prompt)))
+            parts = padded([(prompt, 0)], 1, cache_length(decoder.policy, len(prompt)))
             decoder.prefix = row.group, prefill(*decoder.weights, *parts)
         decoder.cache = write_prefix(decoder.cache, decoder.prefix[1], i)
 
 
-def grow(decoder: Decoder) -> None:
-    """A longer cache if a row might outgrow it in the next steps."""
-    need = max(row.position for row in decoder.rows if row) + DECODE_CHUNK
-    if need > decoder.length:
-        decoder.length = cache_length(decoder.engine, need)
-        decoder.cache = longer_cache(decoder.cache, decoder.length)
+def resize(decoder: Decoder, waiting: bool) -> None:
+    """A longer cache if a row might outgrow it in the next steps; fewer rows when few are left and none waits."""
+    rows = decoder.rows
+    live = [i for i, row in enumerate(rows) if row]
+    fewer = row_count(len(live), len(rows), decoder.policy.mesh.shape["data"])
+    fewer = len(rows) if waiting or fewer > len(rows) // 4 else fewer
+    length = max(decoder.length, cache_length(decoder.policy, max(rows[i].position for i in live) + DECODE_CHUNK))
+    if (fewer, length) != (len(rows), decoder.length):
+        kept = sorted(range(len(rows)), key=lambda i: rows[i] is None)[:fewer]
+        decoder.cache, decoder.length = resize_cache(decoder.cache, np.array(kept), length), length
+        decoder.rows = [rows[i] for i in kept]
 
 
 def feed(decoder: Decoder) -> None:
@@ -1027,7 +1014,7 @@ def feed(decoder: Decoder) -> None:
     waiting = [i for i, row in enumerate(decoder.rows) if row and row.reply]
     for indices in (waiting[i: i + 16] for i in range(0, len(waiting), 16)):  # not all: scores are [B, N, T, S]
         rows = [decoder.rows[i] for i in indices]
-        B = row_count(len(rows), len(decoder.rows), decoder.engine.policy.mesh.shape["data"])
+        B = row_count(len(rows), len(decoder.rows), decoder.policy.mesh.shape["data"])
         parts = padded([(row.reply, row.position - len(row.reply)) for row in rows], B,
                        bucket(max(len(row.reply) for row in rows), 64))
         index_B = np.array(indices + [len(decoder.rows)] * (B - len(rows)))  # beyond the last row: padding
@@ -1064,7 +1051,7 @@ def collect(decoder: Decoder, tokens: np.ndarray, logprobs: np.ndarray, environm
             r.tokens, r.logprobs = r.tokens + reply, r.logprobs + [None] * len(reply)
             r.turn, row.remaining = len(r.tokens), row.room - len(r.tokens)
         elif reply is not None or row.remaining == 0:  # a reply that does not fit ends the response
-            r.stop = "eos" if reply is None and r.tokens[-1] in decoder.engine.eos_ids else r.stop
+            r.stop = "eos" if reply is None and r.tokens[-1] in decoder.policy.eos_ids else r.stop
             decoder.rows[i] = None
     return sum(decoder.rows[i] is None for i in live)
 
@@ -1118,9 +1105,9 @@ def write_prefix(cache, prefix, row):
 
 
 @partial(jax.jit, static_argnames="length")  # not donated: no buffer has the new shape
-def longer_cache(cache, length):
-    """The cache with room for `length` tokens in each row."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
+def resize_cache(cache, rows, length):
+    """The cache with only these rows, and room for `length` tokens in each."""
+    return jax.tree.map(lambda x: jnp.pad(x[rows], ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
@@ -1514,17 +1501,12 @@ def read_model_config(directory: str, dtype: str = "float32", lora_rank: int = 0
     hf = whole.get_text_config()
     gemma = hf.model_type.startswith("gemma")
     activation = getattr(hf, "hidden_activation", None) or getattr(hf, "hidden_act", None)
-    for supported, what in (
-            (hf.model_type in FAMILIES, f"model_type {hf.model_type!r} is not supported; choose a --model of "
-             + ", ".join(FAMILIES)),
-            (not any(getattr(c, "quantization_config", None) for c in (whole, hf)),
-             "quantized checkpoints are not supported; use the bf16 or fp32 weights of this model"),
-            (not getattr(hf, "use_bidirectional_attention", False),
-             "bidirectional attention (an embedding model's) is not supported; use another --model"),
-            (activation == ("gelu_pytorch_tanh" if gemma else "silu"),
-             f"activation {activation!r} is not supported for model_type {hf.model_type}")):
-        if not supported:
-            raise UserError(what)
+    if hf.model_type not in FAMILIES:
+        raise UserError(f"model_type {hf.model_type!r} is not supported; choose a --model of {', '.join(FAMILIES)}")
+    if any(getattr(c, "quantization_config", None) for c in (whole, hf)):
+        raise UserError("quantized checkpoints are not supported; use the bf16 or fp32 weights of this model")
+    if activation != ("gelu_pytorch_tanh" if gemma else "silu") or getattr(hf, "use_bidirectional_attention", False):
+        raise UserError(f"{hf.model_type} with activation {activation!r} or bidirectional attention is not supported")
     H = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     types = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     rope = hf.rope_parameters if "full_attention" in hf.rope_parameters else {t: hf.rope_parameters for t in types}
@@ -1551,11 +1533,10 @@ def read_model_config(directory: str, dtype: str = "float32", lora_rank: int = 0
 def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
     """End-of-sequence ids of generation_config.json, config.json and the tokenizer (each one id or a list)."""
     found = [tokenizer.eos_token_id]
-    for path in (Path(directory) / "generation_config.json", Path(directory) / "config.json"):
-        if path.is_file():
-            with explained(f"cannot read {path}", "download it again"):
-                eos = json.loads(path.read_text()).get("eos_token_id")
-            found += eos if isinstance(eos, list) else [eos]
+    for path in filter(Path.is_file, (Path(directory) / f"{name}.json" for name in ("generation_config", "config"))):
+        with explained(f"cannot read {path}", "download it again"):
+            eos = json.loads(path.read_text()).get("eos_token_id")
+        found += eos if isinstance(eos, list) else [eos]
     if not (ids := tuple(sorted({i for i in found if i is not None and i < vocab_size}))):
         raise UserError(f"{directory} names no end-of-sequence token; set eos_token_id in its generation_config.json")
     return ids
@@ -1628,6 +1609,11 @@ class Policy:
     theta: nnx.State
     theta_ref: nnx.State
     mesh: Any
+    eos_ids: tuple[int, ...] = ()
+    pause_ids: tuple[int, ...] = ()  # tokens that end a call of a tool; without, only every DECODE_CHUNK steps are seen
+    context: int = 0                 # most tokens of prompt + response
+    max_rows: int = 64               # most rollouts decoded at once
+    cache_tokens: int = 2**40        # most tokens that all rows of the cache together may hold
 
 
 def make_policy(model: Transformer, mesh) -> Policy:
@@ -1653,10 +1639,10 @@ def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy
 
 def check_tensors(tensors: dict[str, Any], named: list[tuple[str, Any]], cfg: ModelConfig) -> None:
     """Raises UserError naming the first tensor that is missing, too many, or of another shape than cfg implies."""
-    if cfg.tied and "lm_head.weight" in tensors and not np.array_equal(  # some checkpoints hold the tied table twice
+    found = {name: tuple(t.get_shape()) for name, t in tensors.items()}
+    if cfg.tied and found.pop("lm_head.weight", None) and not np.array_equal(  # some checkpoints hold it twice
             tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
         raise UserError("lm_head.weight is not embed_tokens.weight; set tie_word_embeddings: false in config.json")
-    found = {name: tuple(t.get_shape()) for name, t in tensors.items() if not (cfg.tied and name == "lm_head.weight")}
     implied = {}  # shapes as torch keeps them
     for path, leaf in named:
         shape = leaf.shape[path.startswith("layers/"):]
@@ -1665,6 +1651,7 @@ def check_tensors(tensors: dict[str, Any], named: list[tuple[str, Any]], cfg: Mo
         if found.get(name) != implied.get(name):
             raise UserError(f"tensor {name!r} is {found.get(name, 'missing')} in the checkpoint, config.json implies "
                             f"{implied.get(name, 'none')}; are config.json and all its safetensors files there?")
+
 
 # ======================================================================================================================
 # 8. Tasks: problems, the words sent to the model, tools, and the reward. A task is a file in tasks/ (README shows one);
@@ -1710,19 +1697,24 @@ class Task:
         return [line.strip() for line in self.texts["principles"].splitlines() if line.strip()]
 
 
-def task_file(name: str) -> Any:
-    """The module of a task that is a file, {} for others. Raises UserError if there is none, or it does not load."""
+def load_file(path: Path) -> dict[str, Any]:
+    """What a Python file defines."""
+    spec = importlib.util.spec_from_file_location(f"espl_{path.stem}", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+def task_file(name: str) -> dict[str, Any]:
+    """What the file of a task defines, {} for built-in tasks. Raises UserError if there is none, or it does not load."""
     if not name or name in MATHS:
         return {}
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / "tasks" / f"{name}.py"
     if not path.is_file():
         raise UserError(f"--task {name}: there is no {path}; get the folder tasks/ of this project, give the path of a "
                         f"task file, or choose one of {', '.join(MATHS)}")
-    spec = importlib.util.spec_from_file_location(f"espl_task_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
     with explained(f"task file {path} does not load"):
-        spec.loader.exec_module(module)
-    return vars(module)
+        return load_file(path)
 
 
 def load_task(c: Config) -> Task:
@@ -1731,37 +1723,33 @@ def load_task(c: Config) -> Task:
     with explained(f"task {c.task}: its texts, tools or problems fail"):
         texts = read_prompts(c.prompts_file or DEFAULT_PROMPTS, Path(c.task).stem, own.get("PROMPTS", ""))
         tools = own["tools"](c) if "tools" in own else {}
-        makes_problems = "problems" in own and not (c.train_file and c.test_file)
-        records = own["problems"](c) if makes_problems else ([], [])
-        made = [[to_problem(r, f"{c.task}:{i}") for i, r in enumerate(part)] for part in records]
+        made = own["problems"](c) if "problems" in own and not (c.train_file and c.test_file) else ([], [])
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
-
-    def read(file, names, made, flag_name):
-        problems = read_jsonl(file) if file else [*made, *(p for name in names for p in read_hub(name))]
-        if not problems:
-            raise UserError(f"there is no problem in {file or names or c.task}; choose another {flag_name}")
-        return list({p.question: p for p in reversed(problems)}.values())[::-1]  # of duplicates the first
-
-    train, test = (read(*x) for x in zip((c.train_file, c.test_file), hub, made, ("--train-file", "--test-file")))
-    seen = {p.question for p in test}
-    train = [p for p in train if p.question not in seen]  # never train on a test problem
-    rng = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)])
-    if 0 < c.test_size < len(test):
-        test = [test[i] for i in sorted(rng(b"test").choice(len(test), c.test_size, replace=False))]
-    order = rng(b"split").permutation(len(train))[: c.train_size]
-    held = min(c.val_size, len(order) // 5)
-    val, train = [train[i] for i in order[:held]], [train[i] for i in order[held:]]
+    parts = []
+    for file, names, records, name in zip((c.train_file, c.test_file), hub, made, ("--train-file", "--test-file")):
+        found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
+        found += [] if file else [x for name in names for x in read_hub(name)]
+        if not found:
+            raise UserError(f"there is no problem in {file or names or c.task}; choose another {name}")
+        parts.append(list({x.question: x for x in reversed(found)}.values())[::-1])  # of duplicates the first
+    rng, (train, test) = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), parts
+    seen = {x.question for x in test}
+    train = [x for x in train if x.question not in seen]  # never train on a test problem
     if not train:
         raise UserError("every training problem is also a test problem; use another --train-file")
-    name = Path(c.task or c.train_file).stem
-    return Task(name, train, val, test, texts, own.get("reward"), own.get("parse", parse_operations), tools)
+    if 0 < c.test_size < len(test):
+        test = [test[i] for i in sorted(rng(b"test").choice(len(test), c.test_size, replace=False))]
+    train = [train[i] for i in rng(b"split").permutation(len(train))[: c.train_size]]
+    held = min(c.val_size, len(train) // 5)
+    return Task(Path(c.task or c.train_file).stem, train[held:], train[:held], test, texts, own.get("reward"),
+                own.get("parse", parse_operations), tools)
 
 
 def to_problem(record: Any, where: str) -> Problem:
     """A Problem from one record of a data set or JSONL file."""
     match record:
-        case {"prompt": [{"content": str(text)}, *_], "reward_model": {"ground_truth": answer}}:  # DAPO-Math-17k
+        case {"prompt": [{"content": str(text)}, *_], "reward_model": {"ground_truth": str(answer)}}:  # DAPO-Math-17k
             fields = {"problem": "\n\n".join(text.split("\n\n")[1:-1]), "answer": answer}  # first, last part go
         case dict():
             fields = record
@@ -1808,17 +1796,16 @@ def read_hub(name: str) -> list[Problem]:
 
 
 def read_prompts(path: str, task: str = "", own: str = "") -> dict[str, str]:
-    """The sections of a prompts file for a task; its own, if it has any, go before. Raises UserError naming what lacks."""
+    """The sections of a prompts file for a task. [TASK.name] goes before a task file's `own`, and that before others."""
     with explained(f"cannot read the prompts file {path}"):
         text = Path(path).read_text(encoding="utf-8")
+    general, special = ({name: body.strip() for name, body in re.findall(
+        r"^\[([\w.]+)\][ \t]*$(.*?)(?=^\[[\w.]+\][ \t]*$|\Z)", source, re.M | re.S)} for source in (text, own))
     found = {}
-    for source in (text, own):
-        _, *parts = re.split(r"^\[([\w.]+)\][ \t]*$", source, flags=re.M)
-        sections = {name: body.strip() for name, body in zip(parts[::2], parts[1::2])}
-        for name in SLOTS:  # the most special one
-            found |= {name: sections[key] for key in (name, f"math.{name}", f"{task}.{name}") if key in sections}
     for name, slots in SLOTS.items():
-        if name not in found:
+        sources = general.get(f"{task}.{name}"), special.get(name), general.get(f"math.{name}"), general.get(name)
+        found[name] = next((body for body in sources if body is not None), None)
+        if found[name] is None:
             raise UserError(f"{path} has no section [math.{name}] or [{name}]; copy it from prompts_seed.txt")
         if missing := [s for s in slots if "{" + s + "}" not in found[name]]:
             raise UserError(f"section [{name}] of {path} lacks the slot {{{missing[0]}}}; put it where it belongs")
@@ -1830,8 +1817,12 @@ def fill(template: str, slots: dict[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda m: slots.get(m[1], m[0]), template)
 
 
-def system_text(task: Task, principles: list[str], tools: str = "") -> str:
-    """The system prompt s as the model reads it; the paragraphs of principles and tools are left out without them."""
+def system_text(task: Task, principles: list[str]) -> str:
+    """The system prompt s as the model reads it: paragraphs of principles and of tools are left out without them.
+
+    The description of the tools stands outside the principles: evolution cannot edit it.
+    """
+    tools = "\n".join(json.dumps(schema["function"]) for schema in tool_schemas(task.tools))
     slots = {"principles": listing(numbered(principles)) if principles else "", "tools": tools}
     paragraphs = task.texts["system"].split("\n\n")
     kept = [p for p in paragraphs if all(text for name, text in slots.items() if f"{{{name}}}" in p)]
@@ -1839,12 +1830,8 @@ def system_text(task: Task, principles: list[str], tools: str = "") -> str:
 
 
 def rollout_ids(task: Task, chat: Chat, principles: list[str], problem: Problem) -> list[int]:
-    """Token ids of (s, x): the system prompt, the tools, whose description never changes, and the question."""
-    schemas = tool_schemas(task.tools)
-    if chat.explains(schemas):
-        return chat.ids(system_text(task, principles), problem.question, schemas)
-    described = "\n".join(json.dumps(schema["function"]) for schema in schemas)
-    return chat.ids(system_text(task, principles, described), problem.question)
+    """Token ids of (s, x)."""
+    return chat.ids(system_text(task, principles), problem.question)
 
 
 @dataclass
@@ -1858,34 +1845,27 @@ class Chat:
     role: str = "system"
     thinking: bool = True
 
-    def render(self, messages: list[dict], schemas=None, must_say: str = "") -> str:
+    def render(self, messages: list[dict], must_say: str = "") -> str:
         """A conversation that ends where the model's next turn begins. Raises ValueError if the template loses text."""
-        text = self.tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False, add_generation_prompt=True,
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                                   enable_thinking=self.thinking, date_string="26 Jul 2024")
         if must_say.strip() not in text:
             raise ValueError("it drops the text")
         return text
 
-    def explains(self, schemas: list[dict]) -> bool:
-        """Whether the chat template itself tells the model of tools, to be called as `call_tool` reads it."""
-        with contextlib.suppress(Exception):  # jinja2's TemplateError, or there is no template at all
-            text = self.render([{"role": "user", "content": "-"}], schemas)
-            return bool(schemas) and "<tool_call>" in text and '"arguments"' in text  # not the XML of some templates
-        return False
-
-    def ids(self, system: str, user: str, schemas: list[dict] | None = None) -> list[int]:
+    def ids(self, system: str, user: str) -> list[int]:
         """Token ids of the prompt that ends where the model's turn begins."""
         if not self.tokenizer.chat_template:
             return self.tokenizer("".join(t + "\n\n" for t in (system, user) if t)).input_ids
-        first, second = (system, user) if self.role == "system" else (user, system)
-        joined = [{"role": "user", "content": "\n\n".join(t for t in (first, second) if t)}]
+        texts = [t for t in ((system, user) if self.role == "system" else (user, system)) if t]
+        messages = [{"role": "user", "content": "\n\n".join(texts)}]
+        if system and self.role == "system":
+            apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+            with contextlib.suppress(Exception):  # jinja2's TemplateError: "System role not supported"
+                messages = apart if self.render(apart, system) else messages
         with explained("the tokenizer's chat template fails", "mend chat_template"):
-            if system and self.role == "system":
-                with contextlib.suppress(Exception):  # jinja2's TemplateError: "System role not supported"
-                    apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-                    text = self.render(apart, schemas, system)
-                    return self.tokenizer(text, add_special_tokens=False).input_ids  # the template wrote BOS itself
-            return self.tokenizer(self.render(joined, schemas, system or user), add_special_tokens=False).input_ids
+            text = self.render(messages, system or user)
+        return self.tokenizer(text, add_special_tokens=False).input_ids  # the template wrote BOS itself
 
     def tool_turn(self, reply: str) -> list[int]:
         """Token ids of a tool's reply: they end the model's turn and begin its next one.
@@ -2131,7 +2111,6 @@ class Run:
     config: Config
     task: Task
     chat: Chat
-    engine: Engine
     trainer: Trainer
     population: list[SystemPrompt]
     directory: Path
@@ -2141,7 +2120,7 @@ class Run:
 
     @property
     def policy(self) -> Policy:  # one model for sampler and trainer
-        return self.engine.policy
+        return self.trainer.policy
 
     def seed(self, purpose: str) -> tuple[int, int]:
         """Seed of one use of randomness: nothing random is carried over, so a resumed run repeats exactly."""
@@ -2169,12 +2148,12 @@ def timed(run: Run, phase: str):
 def start_run(c: Config) -> Run:
     """Load everything, then make (or reopen) the run directory: what is wrong is found before anything is written."""
     task = load_task(c)
-    engine, chat = load_engine(c)
-    drop_long_problems(task, chat, engine.context, engine.policy.cfg.vocab_size)
+    policy, chat = load_model(c)
+    drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size)
     steps = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
     optimizer = optax.chain(*steps, optax.adam(c.learning_rate, b1=0.9, b2=0.95, eps=1e-8))
     optimizer = optax.apply_if_finite(optimizer, 2**30)  # one infinite gradient must not end a week's run
-    trainer = Trainer(engine.policy, optimizer, jax.jit(optimizer.init)(engine.policy.theta),
+    trainer = Trainer(policy, optimizer, jax.jit(optimizer.init)(policy.theta),
                       Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef), c.microbatch_tokens)
     c.run_dir = c.run_dir or f"runs/{task.name}-{c.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(c.run_dir)
@@ -2183,10 +2162,10 @@ def start_run(c: Config) -> Run:
         if not c.resume and any(directory.iterdir()):
             raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
         write_whole(directory / "config.json", json.dumps(dataclasses.asdict(c) | {"resume": ""}, indent=1))
-    return Run(c, task, chat, engine, trainer, [SystemPrompt(0, task.root)], directory)  # Alg. 1, line 1
+    return Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], directory)  # Alg. 1, line 1
 
 
-def load_engine(c: Config) -> tuple[Engine, Chat]:
+def load_model(c: Config) -> tuple[Policy, Chat]:
     """The model on a data x model mesh of all devices, ready to sample, and its chat format."""
     from transformers import AutoTokenizer
     mesh = make_mesh(c.model_parallel)
@@ -2197,13 +2176,12 @@ def load_engine(c: Config) -> tuple[Engine, Chat]:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     if c.context > cfg.max_context:
         raise UserError(f"--context {c.context}: the model was made for at most {cfg.max_context} positions")
-    eos = stop_tokens(directory, tokenizer, cfg.vocab_size)
     policy = load_policy(directory, cfg, mesh, c.seed)
-    tag = tokenizer("</tool_call>", add_special_tokens=False).input_ids
-    engine = Engine(policy, eos, c.context or cfg.max_context,
-                    c.max_rows or (64 if jax.default_backend() == "cpu" else 512), cache_tokens(policy),
-                    tuple(tag) if len(tag) == 1 else ())
-    return engine, Chat(tokenizer, c.prompt_role, c.thinking)
+    policy.eos_ids, policy.context = stop_tokens(directory, tokenizer, cfg.vocab_size), c.context or cfg.max_context
+    policy.max_rows = c.max_rows or (64 if jax.default_backend() == "cpu" else 512)
+    policy.cache_tokens, tag = cache_tokens(policy), tokenizer("</tool_call>", add_special_tokens=False).input_ids
+    policy.pause_ids = tuple(tag) if len(tag) == 1 else ()
+    return policy, Chat(tokenizer, c.prompt_role, c.thinking)
 
 
 def cache_tokens(policy: Policy) -> int:
@@ -2220,17 +2198,16 @@ def cache_tokens(policy: Policy) -> int:
 
 def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:
     """Leave out problems whose prompt, with the root principles, has no room for a response; say how many."""
-    for split in ("train", "val", "test"):
-        problems = getattr(task, split)
+    for split, problems in {"train": task.train, "val": task.val, "test": task.test}.items():
         ids = [rollout_ids(task, chat, task.root, x) for x in problems]
-        if (highest := max((max(i, default=0) for i in ids), default=0)) >= vocab_size:
+        if (highest := max(map(max, filter(None, ids)), default=0)) >= vocab_size:
             raise UserError(f"the tokenizer gives id {highest}, the model has {vocab_size} tokens; --model mixes two")
         kept = [x for x, i in zip(problems, ids) if 0 < len(i) < context]
         if len(kept) < len(problems):
             warn(f"left out {len(problems) - len(kept)} of {len(problems)} {split} problems: over {context} tokens")
         if problems and not kept and split != "val":
             raise UserError(f"no {split} problem fits into {context} tokens; raise --context or use another --model")
-        setattr(task, split, kept)
+        problems[:] = kept
 
 
 # ---- The reflection model, and evaluation
@@ -2243,9 +2220,9 @@ def make_ask(run: Run, iteration: int) -> Callable[[str, list[dict]], list[str]]
 
     def ask(request: str, slots: list[dict]) -> list[str]:
         calls[request] += 1
-        limit = max(run.engine.context - c.reflect_tokens, run.engine.context // 2)
+        limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
         prompts = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
-        responses = generate(run.engine, theta, prompts, [1] * len(prompts), Sampling(
+        responses = generate(run.policy, theta, prompts, [1] * len(prompts), Sampling(
             c.reflect_temperature, c.top_p, c.reflect_tokens, run.seed(f"{request}/{calls[request]}/{iteration}"),
             f"reflecting: {request}"))
         replies = [run.chat.text(r.tokens, ids) for ids, [r] in zip(prompts, responses)]
@@ -2304,7 +2281,9 @@ def pass_at_k(correct: int, n: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-# ---- Checkpoints, logs and the picture
+# ---- Checkpoints and logs
+
+REPORT = Path(__file__).with_name("tools") / "report.py"  # draws curves.png and tree.png; a run does without it
 
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
@@ -2379,39 +2358,16 @@ def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[
 
 
 def write_logs(run: Run, m: dict) -> None:
-    """The iteration's line of metrics.jsonl, population.json, and after an evaluation curves.png."""
+    """The iteration's line of metrics.jsonl, population.json, and after an evaluation the pictures."""
     m["seconds"] = dict(run.seconds)
     run.append("metrics.jsonl", [m])
     try:
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
-        if "test" in m:
-            draw_curves(run)
+        if "test" in m and REPORT.is_file():
+            load_file(REPORT)["draw"](run.directory)
     except Exception as e:
-        warn(f"could not write population.json or curves.png: {first_line(e)}")
-
-
-def draw_curves(run: Run) -> None:
-    """curves.png: rewards and scores, rating mu of each prompt, response length, entropy."""
-    from matplotlib.figure import Figure
-    with open(run.directory / "metrics.jsonl", encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f]
-    points = lambda rows, name: [(r["iteration"], r[name]) for r in rows if name in r]
-    scores = {name: points(run.evaluations, name) for name in ("val", "test", "test_greedy")}
-    panels = {"reward": {"training batch": points(lines, "reward_mean")} | {k: v for k, v in scores.items() if v},
-              "rating mu": {f"prompt {s.id}": points(s.history, "mu") for s in run.population},
-              "response length (tokens)": {"mean": points(lines, "response_tokens")},
-              "entropy (nats a token)": {"mean": points(lines, "entropy")}}
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axis, (title, curves) in zip(figure.subplots(2, 2).ravel(), panels.items()):
-        for label, curve in curves.items():
-            axis.plot(*zip(*curve or [(math.nan, math.nan)]), marker=".", label=label)
-        if 1 < len(curves) <= 10:
-            axis.legend(fontsize=8)
-        axis.set(title=title, xlabel="iteration", xlim=(-0.5, lines[-1]["iteration"] + 0.5))
-        axis.grid(alpha=0.3)
-    figure.suptitle(run.directory.name)
-    figure.savefig(run.directory / "curves.png", dpi=110)
+        warn(f"could not write population.json or a picture: {first_line(e)}")
 
 
 # ---- The screen and the program
@@ -2460,10 +2416,7 @@ def closing_report(run: Run) -> str:
     for name, row in summary(run.evaluations).items():
         name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
         lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
-    age, ancestor = 0, s
-    while ancestor.parents:
-        age, ancestor = age + 1, run.population[ancestor.parents[0]]
-    return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}, {age} generations from the root",
+    return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}",
                       textwrap.indent(listing(numbered(s.principles)), "    "), "", f"files: {run.directory}"])
 
 
@@ -2550,7 +2503,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
               f"problems, {last_iteration(run)} iterations\n{c.model} ({cfg.dtype}, "
               f"{f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on {len(jax.devices())} "
-              f"{jax.default_backend()} device(s), up to {most_rows(run.engine, min(longest, run.engine.context))} "
+              f"{jax.default_backend()} device(s), up to {most_rows(run.policy, min(longest, run.policy.context))} "
               f"rollouts at once\nwriting {run.directory}", flush=True)
         train(run)
     except UserError as e:
@@ -2565,4 +2518,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["espl"] = sys.modules["__main__"]  # tools that import espl get this very module
     sys.exit(main())

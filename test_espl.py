@@ -14,7 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import contextlib
 import copy
 import dataclasses
-import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -305,7 +305,8 @@ def test_config_json_of_gemma_3_4b_leaves_most_to_defaults(tmp_path):
     local, wide = (cfg.rope_frequencies[cfg.layer_rope[i]] for i in (4, 5))
     np.testing.assert_allclose(local, 1e4 ** -(np.arange(128) / 128), 1e-5)
     np.testing.assert_allclose(wide, 1e6 ** -(np.arange(128) / 128) / 8, 1e-5)
-    assert cfg.tied and cfg.qk_norm and cfg.gemma and cfg.attention_scale == 1 / 16 and not cfg.biased
+    assert cfg.tied and cfg.qk_norm and cfg.attention_scale == 1 / 16 and not cfg.biased
+    assert cfg.norm_plus_one and cfg.post_norms and cfg.activation == "gelu" and cfg.embedding_scale == 2560**0.5
 
 
 @pytest.mark.parametrize("name,change,message", [
@@ -396,9 +397,9 @@ def policy():
         return tiny_policy()
 
 
-def generate(policy, prompts, counts, sampling, seed=(0, 0), slots=64, eos=(V, V), **more):
-    engine = espl.Engine(policy, eos, CONTEXT, slots, **more)
-    return espl.generate(engine, policy.theta, prompts, counts, sampling, seed)
+def generate(policy, prompts, counts, sampling, seed=(0, 0), rows=64, eos=(V, V), environment=None, **more):
+    policy = dataclasses.replace(policy, eos_ids=eos, max_rows=rows, **{"context": CONTEXT} | more)
+    return espl.generate(policy, policy.theta, prompts, counts, sampling._replace(seed=seed), environment)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -453,12 +454,12 @@ def assert_same(a, b, atol=1e-5):
 # Sampling
 # ----------------------------------------------------------------------------------------------------------------------
 
-GREEDY = espl.SamplingParams(0.0, 1.0, HORIZON)  # three decode chunks, and the cache grows
-DRAWN = espl.SamplingParams(0.8, 0.9, 40)
+GREEDY = espl.Sampling(0.0, 1.0, HORIZON)  # three decode chunks, and the cache grows
+DRAWN = espl.Sampling(0.8, 0.9, 40)
 
 
 def test_greedy_is_the_loop_without_cache(policy):
-    for prompt, (r,) in zip(RAGGED, generate(policy, RAGGED, [1] * 6, GREEDY, slots=3)):
+    for prompt, (r,) in zip(RAGGED, generate(policy, RAGGED, [1] * 6, GREEDY, rows=3)):
         logits = whole(policy, prompt + r.tokens)[len(prompt) - 1 : -1]  # row t saw the prompt and tokens[:t] only
         assert len(r.tokens) == len(r.logprobs) == HORIZON and r.stop == "length"
         assert r.tokens == logits.argmax(-1).tolist()
@@ -474,7 +475,7 @@ def test_greedy_is_what_transformers_generates(tmp_path):
     hf.save_pretrained(tmp_path)
     policy = espl.load_policy(str(tmp_path), espl.read_model_config(str(tmp_path)), make_mesh())
     eos, prompts = (25, 30), [p for p in RAGGED if len(p) > 1]
-    ours = generate(policy, prompts, [1] * len(prompts), GREEDY, slots=2, eos=eos)
+    ours = generate(policy, prompts, [1] * len(prompts), GREEDY, rows=2, eos=eos)
     for prompt, (r,) in zip(prompts, ours):
         theirs = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=HORIZON,
                              do_sample=False, eos_token_id=list(eos), pad_token_id=0)[0, len(prompt):].tolist()
@@ -484,13 +485,13 @@ def test_greedy_is_what_transformers_generates(tmp_path):
 
 @pytest.mark.parametrize("temperature, top_p", [(0.6, 1.0), (1.7, 1.0), (0.8, 0.9), (1.7, 0.5)])
 def test_logprobs_are_those_of_the_distribution_drawn_from(policy, temperature, top_p):
-    responses = generate(policy, RAGGED, [2] * 6, espl.SamplingParams(temperature, top_p, 40), (1, 2))
+    responses = generate(policy, RAGGED, [2] * 6, espl.Sampling(temperature, top_p, 40), (1, 2))
     samples = [espl.Sample(p, r.tokens, r.logprobs, 1.0) for p, group in zip(RAGGED, responses) for r in group]
     for s in samples:
         expected = response_logprobs(policy, s.prompt, s.tokens, temperature, top_p)
         np.testing.assert_allclose(s.logprobs, expected, atol=1e-4)
     if top_p == 1:  # the trainer's own, on the padded batch that rl_update would make
-        (batch,) = espl.microbatches(samples, 12 * 64 + 6 * 64, 1)
+        (batch,) = espl.microbatches(samples, 12 * (64 + 64), 1)
         model = nnx.merge(policy.graphdef, policy.theta, policy.frozen)
         _, keys_values = model(batch["prompt"], batch["prompt_position"])
         hidden, _ = model(batch["token"], batch["position"], (keys_values, batch["prompt_position"], batch["owner"]))
@@ -515,7 +516,7 @@ def test_eos_ends_a_response_and_belongs_to_it(policy):
 
 def test_the_context_limits_a_response(policy):
     prompts = random_prompts(CONTEXT, CONTEXT - 1, CONTEXT + 5, 3, CONTEXT - 39)
-    (full,), (one,), (over,), (short,), (cut,) = generate(policy, prompts, [1] * 5, espl.SamplingParams(0.8, 0.9, 50))
+    (full,), (one,), (over,), (short,), (cut,) = generate(policy, prompts, [1] * 5, espl.Sampling(0.8, 0.9, 50))
     assert full == over == espl.Response([], [], "length")
     assert [len(r.tokens) for r in (one, short, cut)] == [1, 50, 39]
     assert {r.stop for r in (one, short, cut)} == {"length"}
@@ -529,18 +530,17 @@ def test_the_cache_stays_within_its_tokens(policy, monkeypatch):
     generate(policy, RAGGED, [3] * 6, DRAWN, cache_tokens=600)
     assert max(rows for rows, _ in shapes) > 1 and max(rows * length for rows, length in shapes) <= 600
     shapes.clear()
-    engine = espl.Engine(policy, (V, V), context=300)  # 384, not 512
-    [[r]] = espl.generate(engine, policy.theta, random_prompts(290), [1], DRAWN, (0, 0))
-    assert len(r.tokens) == 10 and shapes == [(1, 384)]
+    [[r]] = generate(policy, random_prompts(290), [1], DRAWN, context=300)  # 384, not 512
+    assert len(r.tokens) == 10 and shapes == [(8, 384)]
 
 
-def test_the_rows_that_are_left_give_up_idle_slots(policy, monkeypatch):
-    prompts = random_prompts(*[CONTEXT - 5] * 15, 3)  # fifteen short responses and a long one
-    sampling = espl.SamplingParams(0.8, 1.0, CONTEXT)
-    alone, rows, decode = generate(policy, prompts, [1] * 16, sampling, slots=1), [], espl.decode_chunk
+def test_idle_rows_are_given_up_when_few_are_left(policy, monkeypatch):
+    prompts = random_prompts(*[CONTEXT - 5] * 31, 3)  # short responses and a long one
+    sampling = espl.Sampling(0.8, 1.0, CONTEXT)
+    alone, rows, decode = generate(policy, prompts, [1] * 32, sampling, rows=5), [], espl.decode_chunk
     monkeypatch.setattr(espl, "decode_chunk", lambda *a: rows.append(len(a[5])) or decode(*a))
-    together = generate(policy, prompts, [1] * 16, sampling, slots=16)
-    assert rows[0] == 16 and set(rows[1:]) == {1}
+    together = generate(policy, prompts, [1] * 32, sampling)
+    assert rows[0] == 32 and set(rows[1:]) == {8}
     assert [g[0].tokens for g in together] == [g[0].tokens for g in alone]
     assert len(together[-1][0].tokens) == CONTEXT - 3
 
@@ -548,7 +548,7 @@ def test_the_rows_that_are_left_give_up_idle_slots(policy, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # in float32 it is added into the weights for sampling
 def test_sampling_uses_the_adapter(dtype):
     policy = tiny_policy(4, noise=0.2, dtype=dtype)
-    for prompt, (r,) in zip(RAGGED, generate(policy, RAGGED, [1] * 6, espl.SamplingParams(0.8, 1.0, 30))):
+    for prompt, (r,) in zip(RAGGED, generate(policy, RAGGED, [1] * 6, espl.Sampling(0.8, 1.0, 30))):
         assert abs(r.logprobs - response_logprobs(policy, prompt, r.tokens, 0.8)).max() < (
             1e-4 if dtype == "float32" else 0.2)
         assert abs(r.logprobs - response_logprobs(policy, prompt, r.tokens, 0.8, theta=policy.theta_ref)).max() > 0.3
@@ -557,31 +557,22 @@ def test_sampling_uses_the_adapter(dtype):
 
 
 @pytest.mark.parametrize("needed, most, multiple, rows", [
-    (1, 64, 1, 1), (2, 64, 1, 8), (9, 64, 1, 16), (64, 64, 1, 64), (150, 64, 1, 64), (150, 100, 1, 100), (3, 2, 1, 2),
-    (1, 64, 4, 4), (9, 10, 4, 12)])
+    (1, 64, 1, 8), (8, 64, 1, 8), (9, 64, 1, 32), (33, 64, 1, 64), (33, 512, 1, 128), (150, 64, 1, 64),
+    (150, 100, 1, 100), (3, 2, 1, 2), (1, 2, 4, 4), (9, 10, 4, 12), (512, 512, 1, 512), (513, 4096, 1, 2048)])
 def test_row_count(needed, most, multiple, rows):
     assert espl.row_count(needed, most, multiple) == rows
 
 
-def test_every_group_is_reported_when_it_ends(policy):
-    prompts, counts = RAGGED[:3] + random_prompts(CONTEXT), [2, 0, 3, 2]
-    seen, engine = {}, espl.Engine(policy, (V, V), CONTEXT, slots=1)
-    responses = espl.generate(engine, policy.theta, prompts, counts, DRAWN, (0, 0), done=lambda g, r: seen.update(
-        {g: [len(y.tokens) for y in r]}))
-    assert sorted(seen) == [0, 1, 2, 3] and list(seen)[-2:] == [0, 2]  # those without anything to do come first
-    assert seen == {g: [len(y.tokens) for y in group] for g, group in enumerate(responses)}
-
-
-def test_a_response_does_not_depend_on_slots_or_company(policy):
-    def sample(prompts, counts, slots, **more):
-        groups = generate(policy, prompts, counts, DRAWN, (5, 1), slots, eos=(1, 2), **more)
+def test_a_response_does_not_depend_on_rows_or_company(policy):
+    def sample(prompts, counts, rows, **more):
+        groups = generate(policy, prompts, counts, DRAWN, (5, 1), rows, eos=(1, 2), **more)
         return [r for group in groups for r in group]
 
     prompts = RAGGED[:4] + RAGGED[2:3] + RAGGED[4:]  # 33 tokens twice
     all_ = sample(prompts, [3] * 7, 64)
-    assert len({len(r.tokens) for r in all_}) > 3  # slots become free at different times
-    for slots, more in ((1, {}), (3, {}), (64, {"cache_tokens": 300})):  # slots are reused: stale caches must not leak
-        assert_same(sample(prompts, [3] * 7, slots, **more), all_)
+    assert len({len(r.tokens) for r in all_}) > 3  # rows become free at different times
+    for rows, more in ((1, {}), (3, {}), (64, {"cache_tokens": 300})):  # rows are reused: stale caches must not leak
+        assert_same(sample(prompts, [3] * 7, rows, **more), all_)
     for g in (1, 2, 3):  # alone, and among others: longest first, shortest last
         assert_same(sample(prompts, [3 * (i == g) for i in range(7)], 3), all_[3 * g : 3 * g + 3])
     company = sorted(random_prompts(*range(1, 40, 6), seed=1), key=len, reverse=True)
@@ -630,19 +621,16 @@ def loops_with_tools(policy):
     return [(prompt, *loop_with_tools(policy, prompt, g, EOS, HORIZON)) for g, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("pause, slots", [((), 64), ((TAG,), 64), ((TAG,), 3)])
-def test_tools_reply_in_the_middle_of_responses(policy, loops_with_tools, pause, slots):
+@pytest.mark.parametrize("pause, rows", [((), 64), ((TAG,), 64), ((TAG,), 3)])
+def test_tools_reply_in_the_middle_of_responses(policy, loops_with_tools, pause, rows):
     """The cache is kept from turn to turn, rows are in different turns, what was sampled after a call is taken back."""
     prompts = [prompt for prompt, *_ in loops_with_tools]
-    engine = espl.Engine(policy, (EOS, EOS), CONTEXT, slots, pause_ids=pause)
-    ended = Counter()
-    responses = [r for [r] in espl.generate(engine, policy.theta, prompts, [1] * len(prompts), GREEDY, (0, 0), "",
-                                            lambda g, rs: ended.update([g]), tool_of_tokens)]
+    responses = [r for [r] in generate(policy, prompts, [1] * len(prompts), GREEDY, rows=rows, eos=(EOS, EOS),
+                                       pause_ids=pause, environment=tool_of_tokens)]
     for r, (prompt, tokens, logprobs, stop) in zip(responses, loops_with_tools):
         assert (r.tokens, [p is None for p in r.logprobs], r.stop) == (tokens, [p is None for p in logprobs], stop)
         expected = response_logprobs(policy, prompt, r.tokens, 1.0)
         assert all(p is None or p == pytest.approx(e, abs=1e-4) for p, e in zip(r.logprobs, expected))
-    assert set(ended.values()) == {1} and len(ended) == len(prompts)
     assert {r.stop for r in responses} == {"eos", "length", "calls"} and {r.calls for r in responses} >= {0, 1, 2, 4}
 
 
@@ -650,10 +638,9 @@ def test_a_reply_that_leaves_no_room_ends_the_response(policy, loops_with_tools)
     g, (prompt, tokens, logprobs, _) = next((g, x) for g, x in enumerate(loops_with_tools) if None in x[2])
     call = logprobs.index(None)
     end = next(i for i in range(call, len(logprobs)) if logprobs[i] is not None)
-    engine = espl.Engine(policy, (EOS, EOS), CONTEXT, pause_ids=(TAG,))
     for room, kept in ((end - 1, call), (end, call), (end + 1, end + 1)):
-        [[r]] = espl.generate(engine, policy.theta, [prompt], [1], espl.SamplingParams(0.0, 1.0, room), (0, 0), "",
-                              environment=lambda _, r: tool_of_tokens(g, r))
+        [[r]] = generate(policy, [prompt], [1], espl.Sampling(0.0, 1.0, room), eos=(EOS, EOS), pause_ids=(TAG,),
+                         environment=lambda _, r: tool_of_tokens(g, r))
         assert (r.tokens, r.stop, len(r.logprobs)) == (tokens[:kept], "length", kept)
 
 
@@ -664,10 +651,9 @@ def test_without_tools_the_token_that_ends_a_call_is_like_any_other(policy):
 
 def test_drawn_responses_with_tools(policy):
     prompts, runs = random_prompts(5, 1, 33, 12, seed=5), []
-    for pause, slots in (((), 64), ((TAG,), 5)):
-        engine = espl.Engine(policy, (EOS, EOS), CONTEXT, slots, pause_ids=pause)
-        groups = espl.generate(engine, policy.theta, prompts, [4] * 4, espl.SamplingParams(0.8, 1.0, 120), (1, 2), "",
-                               environment=tool_of_tokens)
+    for pause, rows in (((), 64), ((TAG,), 5)):
+        groups = generate(policy, prompts, [4] * 4, espl.Sampling(0.8, 1.0, 120), (1, 2), rows, (EOS, EOS),
+                          tool_of_tokens, pause_ids=pause)
         runs.append([r for group in groups for r in group])
     assert [(r.tokens, r.stop, r.calls) for r in runs[0]] == [(r.tokens, r.stop, r.calls) for r in runs[1]]
     for r, prompt in zip(runs[0], [p for p in prompts for _ in range(4)]):
@@ -697,7 +683,7 @@ def test_frequencies_are_the_probabilities(policy, top_p, alpha=1e-3):
         assert len(bins[0]) > 4 and stats.chisquare(*bins).pvalue > alpha
 
     prompt = RAGGED[0]
-    (group,) = generate(policy, [prompt], [4000], espl.SamplingParams(1.3, top_p, 2), slots=1500)
+    (group,) = generate(policy, [prompt], [4000], espl.Sampling(1.3, top_p, 2), rows=1500)
     first, second = np.array([r.tokens for r in group]).T
     check(whole(policy, prompt)[-1], first)
     common = int(np.bincount(first).argmax())
@@ -727,15 +713,16 @@ def test_nucleus_is_exact(top_p):
 # RL update
 # ----------------------------------------------------------------------------------------------------------------------
 
-# An "optimizer" whose state after the update is the gradient: rl_update(...)[0] is the gradient of -J.
+# An "optimizer" whose state after the update is the gradient of -J.
 CAPTURE = optax.GradientTransformation(lambda theta: None, lambda g, state, theta: (jax.tree.map(jnp.zeros_like, g), g))
 LORA_AND_FULL = pytest.mark.parametrize("lora_rank", [4, 0], ids=["lora", "full"])
 
 
 def gradient(policy, samples, num_rollouts=16, objective=espl.Objective(), **more):
     """(flat gradient of -J, metrics) through all of rl_update."""
-    g, metrics = espl.rl_update(copy_of(policy), CAPTURE, None, samples, num_rollouts, objective, **more)
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]), metrics
+    trainer = espl.Trainer(copy_of(policy), CAPTURE, None, objective, **more)
+    metrics = espl.rl_update(trainer, samples, num_rollouts)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(trainer.opt_state)]), metrics
 
 
 def assert_same_metrics(a, b):
@@ -756,8 +743,8 @@ def off_policy_samples(policy, temperature, drift=0.4, shapes=((5, 9), (1, 4), (
     return samples
 
 
-def reference_loss(policy, samples, num_rollouts, o, theta, theta_0):
-    """-J by a double loop over the equation. The weights of cispo are constants: those at theta_0."""
+def reference_loss(policy, samples, num_rollouts, o, theta, theta_0, kl="k3"):
+    """-J by a double loop over the equation. The weights of cispo, and of k2, are constants: those at theta_0."""
     J = 0.0
     for s in samples:
         now, ref, start = (response_logprobs(policy, s.prompt, s.tokens, o.temperature, theta=t)
@@ -772,7 +759,8 @@ def reference_loss(policy, samples, num_rollouts, o, theta, theta_0):
                 J += min(max(np.exp(start[t] - s.logprobs[t]), low), high) * s.advantage * now[t]
             else:
                 J += s.advantage * now[t]
-            J -= o.kl_coef * (np.exp(ref[t] - now[t]) - (ref[t] - now[t]) - 1)
+            k2 = np.exp(start[t] - s.logprobs[t]) * (now[t] - ref[t]) ** 2 / 2
+            J -= o.kl_coef * (k2 if kl == "k2" else np.exp(ref[t] - now[t]) - (ref[t] - now[t]) - 1)
     return -J / num_rollouts
 
 
@@ -795,8 +783,28 @@ def test_gradient_is_the_finite_difference_of_the_equation(float64, loss, kl_coe
     np.testing.assert_allclose(metrics["loss"], loss_at(policy.theta), rtol=1e-9)
     flat, unflatten = jax.flatten_util.ravel_pytree(policy.theta)
     for direction in np.random.default_rng(1).normal(size=(3, len(flat))):
-        plus, minus = (loss_at(unflatten(flat + h * direction)) for h in (1e-6, -1e-6))
+        plus, minus = (loss_at(unflatten(flat + h * direction), kl="k2") for h in (1e-6, -1e-6))
         np.testing.assert_allclose(g @ direction, (plus - minus) / 2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("behaviour", ["on policy", "off policy"])
+def test_the_gradient_of_the_kl_term_is_that_of_the_kl(float64, behaviour):
+    """In expectation over the behaviour policy, against the exact gradient of KL(pi_theta || pi_ref) on a softmax; that
+    of k3 is the gradient of KL(pi_ref || pi_theta), which is another one."""
+    rng = np.random.default_rng(0)
+    logits, ref, other = (jnp.array(rng.normal(size=6)) for _ in range(3))
+    ref_logp, drawn = jax.nn.log_softmax(ref), jax.nn.log_softmax(logits if behaviour == "on policy" else other)
+    exact = jax.grad(lambda x: jnp.sum(jax.nn.softmax(x) * (jax.nn.log_softmax(x) - ref_logp)))(logits)
+    value = jnp.sum(jax.nn.softmax(logits) * (jax.nn.log_softmax(logits) - ref_logp))
+
+    def expected(x, which):  # over all tokens, by the probability with which the behaviour policy draws them
+        logp = jax.nn.log_softmax(x)
+        return jnp.sum(jnp.exp(drawn) * espl.kl_estimators(logp, ref_logp, jnp.exp(logp - drawn))[which])
+
+    np.testing.assert_allclose(jax.grad(expected)(logits, 1), exact, atol=1e-12)
+    if behaviour == "on policy":
+        np.testing.assert_allclose(expected(logits, 0), value, atol=1e-12)
+        assert abs(jax.grad(expected)(logits, 0) - exact).max() > 0.05  # what was wrong
 
 
 def test_metrics(policy):
@@ -822,7 +830,7 @@ def test_metrics(policy):
 
 
 def test_on_policy_all_losses_have_the_reinforce_gradient(policy):
-    responses = generate(policy, RAGGED, [2] * 6, espl.SamplingParams(0.8, 1.0, 40))
+    responses = generate(policy, RAGGED, [2] * 6, espl.Sampling(0.8, 1.0, 40))
     rng = np.random.default_rng(0)
     samples = [espl.Sample(p, r.tokens, r.logprobs, rng.normal()) for p, rs in zip(RAGGED, responses) for r in rs]
     expected, m = gradient(policy, samples, objective=espl.Objective("reinforce", 0.8))
@@ -855,8 +863,8 @@ def test_a_prompt_is_computed_once_for_all_its_responses(lora_rank):
     prompts = random_prompts(70, 40, 1)
     samples = [dataclasses.replace(s, prompt=prompts[i % 3], logprobs=[-3.0] * len(s.tokens))
                for i, s in enumerate(off_policy_samples(policy, 1.0, shapes=[(1, n) for n in (9, 3, 12, 1, 7, 30, 8)]))]
-    [batch] = espl.microbatches(samples, 672, 1)
-    assert batch["prompt"].shape == (4, 128) and batch["token"].shape == (7, 32)
+    [batch] = espl.microbatches(samples, 7 * (128 + 32), 1)
+    assert batch["prompt"].shape == (7, 128) and batch["token"].shape == (7, 32)
     together, m = gradient(policy, samples)
     alone, scale = sum(gradient(policy, [s])[0] for s in samples), abs(together).max()
     np.testing.assert_allclose(together, alone, atol=1e-5 * scale)
@@ -868,9 +876,9 @@ def test_a_prompt_is_computed_once_for_all_its_responses(lora_rank):
     assert espl.cheapest_remat(policy.cfg, policy.mesh, 10**10) == "layer"
 
 
-@pytest.mark.parametrize("prompt_length, lengths, share", [(300, [40] * 20, True), (2, [10, 60, 200, 500] * 5, False)])
-def test_microbatches_take_the_order_with_less_padding(prompt_length, lengths, share, budget=2400):
-    rng, prompts = np.random.default_rng(0), random_prompts(*[prompt_length] * 5)
+@pytest.mark.parametrize("prompt_length, lengths", [(300, [40] * 20), (2, [10, 60, 200, 500] * 5), (40, [9, 31, 20] * 7)])
+def test_microbatches(prompt_length, lengths, budget=2400):
+    rng, prompts = np.random.default_rng(0), random_prompts(*[prompt_length] * 6)
     samples = [espl.Sample(prompts[i // 4], rng.integers(0, V, n).tolist(), rng.normal(size=n).tolist(), float(i))
                for i, n in enumerate(lengths)]
     batches, found = list(espl.microbatches(samples, budget, 2)), {}
@@ -885,10 +893,11 @@ def test_microbatches_take_the_order_with_less_padding(prompt_length, lengths, s
             np.testing.assert_allclose(b["behaviour"][row, :n], s.logprobs, rtol=1e-6)
             assert (b["position"][row, :n] == prompt_length - 1 + np.arange(n)).all() and b["mask"][row, :n].all()
             found[int(b["advantage"][row])] = True
-    assert len(found) == len(samples) and len({str([x.shape for x in b.values()]) for b in batches}) <= 4
-    assert (batches[0]["prompt"].shape[0] < batches[0]["token"].shape[0] / 2) == share
-    padded = sum(b["token"].size + b["prompt"].size for b in batches)
-    assert padded < (20 * (64 + 512) / 2 if share else 20 * 512)  # what a prompt for each row, and one T, would cost
+    assert len(found) == len(samples) and len({str([x.shape for x in b.values()]) for b in batches}) <= 6
+    if prompt_length == 300:
+        assert sum(len(b["prompt"]) for b in batches) <= 20 / 2  # not once for every row
+    if max(lengths) == 500:  # long responses do not make short ones long
+        assert sum(b["token"].size for b in batches) < 20 * 512 * 0.7
 
 
 @pytest.mark.parametrize("rows, columns", [(3, 5), (5, 3), (4, 4)])
@@ -907,7 +916,7 @@ def test_eight_devices_compute_what_one_does(lora_rank, shape):
     one = tiny_policy(lora_rank, noise=0.02)
     samples = off_policy_samples(one, 0.8)
     expected, m = gradient(one, samples, objective=espl.Objective(temperature=0.8))
-    alone = generate(one, RAGGED, [1] * 6, DRAWN, slots=3)
+    alone = generate(one, RAGGED, [1] * 6, DRAWN, rows=3)
     mesh = make_mesh(*shape)
     with jax.set_mesh(mesh):
         place = lambda w: jax.tree_util.tree_map_with_path(
@@ -918,7 +927,7 @@ def test_eight_devices_compute_what_one_does(lora_rank, shape):
         np.testing.assert_allclose(g, expected, atol=1e-5 * abs(expected).max())
         assert_same_metrics(m, n)
         if shape == (4, 2):
-            for a, b in zip(alone, generate(many, RAGGED, [1] * 6, DRAWN, slots=3)):
+            for a, b in zip(alone, generate(many, RAGGED, [1] * 6, DRAWN, rows=3)):
                 assert_same(a, b, atol=1e-4)
 
 
@@ -927,7 +936,7 @@ def test_the_eos_token_is_trained(policy):
     before = response_logprobs(policy, prompt, [eos], 1.0)[0]
     trained, optimizer = copy_of(policy), optax.sgd(1e-4)
     sample = espl.Sample(prompt, [eos], [before], 1.0)  # nothing but eos: no other token has a gradient
-    _, m = espl.rl_update(trained, optimizer, optimizer.init(trained.theta), [sample], 1, espl.Objective())
+    m = espl.rl_update(espl.Trainer(trained, optimizer, optimizer.init(trained.theta)), [sample], 1)
     assert m["trained_tokens"] == 1 and m["loss"] == pytest.approx(-1.0, abs=1e-4)
     gain = response_logprobs(trained, prompt, [eos], 1.0)[0] - before
     assert gain > 0 and gain == pytest.approx(1e-4 * m["grad_norm"] ** 2, rel=0.1)  # what first order predicts
@@ -938,13 +947,13 @@ def test_only_trainable_weights_change(lora_rank):
     policy, optimizer = tiny_policy(lora_rank), optax.adam(1e-3)
     leaves = lambda tree: [(espl.path_name(p), np.array(x)) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
     theta, kept = leaves(policy.theta), leaves((policy.frozen, policy.theta_ref))
-    state = optimizer.init(policy.theta)
-    state, m = espl.rl_update(policy, optimizer, state, [espl.Sample([1], [], [], 1.0)], 1, espl.Objective())
+    trainer = espl.Trainer(policy, optimizer, optimizer.init(policy.theta))
+    m = espl.rl_update(trainer, [espl.Sample([1], [], [], 1.0)], 1)
     assert set(m) == {"skipped"}
     for (_, a), (_, b) in zip(theta, leaves(policy.theta)):
         np.testing.assert_array_equal(a, b)
     for _ in range(2):  # in the first step B is zero, so A has no gradient
-        state, _ = espl.rl_update(policy, optimizer, state, off_policy_samples(policy, 1.0), 8, espl.Objective())
+        espl.rl_update(trainer, off_policy_samples(policy, 1.0), 8)
     for (_, a), (_, b) in zip(kept, leaves((policy.frozen, policy.theta_ref))):
         np.testing.assert_array_equal(a, b)
     for (name, a), (_, b) in zip(theta, leaves(policy.theta)):
@@ -972,14 +981,15 @@ def test_adam_is_adam():
 def test_learning(lora_rank, prompts=RAGGED[:4], n=16):
     """From chance to > 0.9 by generate and rl_update alone: even tokens after prompts 0, 2, odd ones after 1, 3."""
     policy, optimizer = tiny_policy(lora_rank), optax.adam(0.02 if lora_rank else 0.01, b1=0.9, b2=0.95)
-    state, history, sampling = optimizer.init(policy.theta), [], espl.SamplingParams(1.0, 1.0, 4)
+    trainer = espl.Trainer(policy, optimizer, optimizer.init(policy.theta))
+    history, sampling = [], espl.Sampling(1.0, 1.0, 4)
     while len(history) < 80 and min(history[-3:], default=0) <= 0.9:
         groups = generate(policy, prompts, [n] * 4, sampling, (7, len(history)))
         rewards = np.array([[np.mean(np.array(r.tokens) % 2 == i % 2) for r in g] for i, g in enumerate(groups)])
         advantages = rewards - rewards.mean(1, keepdims=True)
         samples = [espl.Sample(prompts[i], groups[i][j].tokens, groups[i][j].logprobs, advantages[i, j])
                    for i in range(4) for j in range(n)]
-        state, _ = espl.rl_update(policy, optimizer, state, samples, 4 * n, espl.Objective())
+        espl.rl_update(trainer, samples, 4 * n)
         history.append(rewards.mean())
     assert history[0] < 0.6 and min(history[-3:]) > 0.9, history
 
@@ -993,7 +1003,7 @@ def test_logits_of_a_whole_batch_never_exist(data, B=64, T=512, vocab=2**15):
         policy = tiny_policy(4, mesh=mesh, vocab_size=vocab, num_heads=1, num_kv_heads=1)
         theta, frozen = jax.eval_shape(lambda: (policy.theta, policy.frozen))
         samples = [espl.Sample([1, 2], [3] * T, [0.0] * T, 1.0)] * B
-        [batch] = espl.microbatches(samples, B * T + B, data)  # of 64 rows
+        [batch] = espl.microbatches(samples, B * (T + 64), data)
         batch = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for n, x in batch.items()}
         assert batch["token"].shape == (B, T)
         lowered = espl.add_gradient.lower(theta, theta, theta, policy.graphdef, frozen, batch, 1, espl.Objective(),
@@ -1005,18 +1015,13 @@ SEED_PROMPTS = Path(espl.__file__).parent / "prompts_seed.txt"
 WORDS_13 = "one two three four five six seven eight nine ten eleven twelve thirteen"
 
 
-def population_of(*ratings, max_pool_size=200):
+def population_of(*ratings):
     """Prompts with these (mu, sigma), each with a principle of its own."""
-    prompts = [espl.SystemPrompt(i, [f"principle {i}"], mu, sigma) for i, (mu, sigma) in enumerate(ratings)]
-    return espl.Population(prompts, max_pool_size)
+    return [espl.SystemPrompt(i, [f"principle {i}"], mu, sigma) for i, (mu, sigma) in enumerate(ratings)]
 
 
 def problem(question="How many primes lie below fifty?", *answers):
     return espl.Problem("p", question, answers or ("15",))
-
-
-def evolution_log():
-    return {"mutation": "none", "crossover": "none", "parse_failures": 0, "dropped": Counter()}
 
 
 def operation(kind, text="new text", **fields):
@@ -1045,10 +1050,10 @@ def reply_of(*operations):
 
 @pytest.fixture(scope="module")
 def math_task():
-    return espl.Task("math", [], [], [], espl.read_prompts(str(SEED_PROMPTS), "math"), None, espl.parse_operations)
+    return espl.Task("math", [], [], [], espl.read_prompts(str(SEED_PROMPTS)))
 
 
-class Reflector:
+class Script:
     """An `ask` which answers from a script {request: [replies, …]} and remembers what it was asked."""
 
     def __init__(self, **script):
@@ -1068,7 +1073,7 @@ class Reflector:
 
 @pytest.mark.parametrize("old, new, complaint", [
     ("[critique]", "[critics]", r"\[math.critique\] or \[critique\]"),
-    ("[math.system]", "[search.system]", r"\[math.system\]"),
+    ("[math.system]", "[other.system]", r"\[math.system\]"),
     ("{attempts}", "two", r"\[critique\].*\{attempts\}"),
     ("{wins}", "", r"\[crossover\].*\{wins\}"),
     ("those that apply:\n{principles}", "", r"\[system\].*\{principles\}"),
@@ -1078,7 +1083,7 @@ def test_prompts_file_names_what_is_missing(tmp_path, old, new, complaint):
     assert old in text
     (tmp_path / "p.txt").write_text(text.replace(old, new))
     with pytest.raises(espl.UserError, match=complaint):
-        espl.read_prompts(str(tmp_path / "p.txt"), "math")
+        espl.read_prompts(str(tmp_path / "p.txt"))
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\xff"])
@@ -1086,16 +1091,22 @@ def test_unreadable_prompts_file_is_a_user_error(tmp_path, content):
     if content:
         (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(espl.UserError, match="p.txt"):
-        espl.read_prompts(str(tmp_path / "p.txt"), "math")
+        espl.read_prompts(str(tmp_path / "p.txt"))
 
 
 def test_prompts_file_sections(tmp_path):
     body = 'Braces {x}, \\frac{1}{2}, {"operation": "add"}, [not a section] here,\n[[1, 2]]\n\n{sets} {wins}'
     own = f"\n[math.crossover]\n{body}\n[other.critique]\nno slots\n[math.principles]\n one \n\ntwo\n"
     (tmp_path / "p.txt").write_text(SEED_PROMPTS.read_text().replace("[math.principles]", "[unused]") + own)
-    texts = espl.read_prompts(str(tmp_path / "p.txt"), "math")
+    texts = espl.read_prompts(str(tmp_path / "p.txt"), "x")
     assert set(texts) == set(espl.SLOTS) and texts["crossover"] == body and "{attempts}" in texts["critique"]
     assert espl.Task("t", [], [], [], texts, None, None).root == ["one", "two"]
+    own = "a comment\n[principles]\nthree\n[critique]\n{problem} {principles} {attempts} {answer}\n"  # of a task file
+    assert espl.read_prompts(str(tmp_path / "p.txt"), "x", own)["principles"] == "three"
+    assert espl.read_prompts(str(tmp_path / "p.txt"), "math", own)["principles"] == "one \n\ntwo"  # this file's, by name
+    assert espl.read_prompts(str(tmp_path / "p.txt"), "x", own)["critique"].endswith("{answer}")
+    with pytest.raises(espl.UserError, match=r"\[critique\].*lacks the slot"):
+        espl.read_prompts(str(tmp_path / "p.txt"), "other", own)
 
 
 def test_seed_prompts_have_an_empty_root_and_ask_for_boxed_answers(math_task):
@@ -1191,11 +1202,8 @@ SCHEMA = ('{"name": "x", "description": "Multiplies two numbers.", "parameters":
 
 
 @pytest.mark.parametrize("template, expected", [
-    (HERMES, '<|system|>S\n\nP [G0] p\n{"type": "function", "function": SCHEMA} Use '
-             '<tool_call>{"arguments"}</tool_call>.\n<|user|>Q?\n<|assistant|>'),
     (CHATML, "<|system|>S\n\nT SCHEMA\n\nP [G0] p\n<|user|>Q?\n<|assistant|>"),
-    ("{% if tools %}XML: <tool_call>name<arg_key>{% endif %}" + CHATML,  # calls that call_tool does not read
-     "<|system|>S\n\nT SCHEMA\n\nP [G0] p\n<|user|>Q?\n<|assistant|>"),
+    ("{% if tools %}{{ tools }}{% endif %}" + CHATML, "<|system|>S\n\nT SCHEMA\n\nP [G0] p\n<|user|>Q?\n<|assistant|>"),
     (GEMMA, "<bos><|user|>S\n\nT SCHEMA\n\nP [G0] p\n\nQ?<|model|>"),
     (None, "<bos>S\n\nT SCHEMA\n\nP [G0] p\n\nQ?\n\n")])
 def test_the_model_is_told_of_the_tools_once(make_chat, template, expected):
@@ -1285,8 +1293,15 @@ def corpus(tmp_path, monkeypatch):
     return write_jsonl(tmp_path / "corpus.jsonl", records)
 
 
+SEARCH = SimpleNamespace(**espl.task_file("search"))
+
+
+def search_of(path):
+    return SEARCH.tools(SimpleNamespace(corpus_file=path))["search"]
+
+
 def test_search(corpus, tmp_path):
-    search = espl.search_tool(corpus)
+    search = search_of(corpus)
     found = search(["What is number3?", "Bergen", "harbour", "xyzzy", "one query too many"])
     parts = re.split("(?m)^Query: ", found)[1:]
     assert [p.split("\n")[0] for p in parts] == ["What is number3?", "Bergen", "harbour", "xyzzy"]
@@ -1294,13 +1309,13 @@ def test_search(corpus, tmp_path):
     assert parts[1].split("\n\n")[1].startswith("Bergen\n") and parts[1].count("town") == 1
     assert parts[2].count("harbour.") == 3 and "Nothing found." in parts[3]
     stored = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
-    assert espl.search_tool(corpus)(["Bergen"]) == search(["Bergen"])
+    assert search_of(corpus)(["Bergen"]) == search(["Bergen"])
     assert stored and {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()} == stored
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": f"{n} fish"} for n in "abcde"])  # as many passages
-    assert "\n\nc fish" in espl.search_tool(other)(["fish c"])
+    assert "\n\nc fish" in search_of(other)(["fish c"])
     for p in stored:  # an index that broke is made again
         p.write_bytes(b"")
-    assert espl.search_tool(corpus)(["Bergen"]) == search(["Bergen"])
+    assert search_of(corpus)(["Bergen"]) == search(["Bergen"])
     for queries in ("Bergen", [1], None):
         with pytest.raises(ValueError, match="list of texts"):
             search(queries)
@@ -1308,37 +1323,40 @@ def test_search(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("lines, message", [
-    ([], "there is no passage"), (['{"text": "a"}', "{"], ":2: not JSON"), (['{"text": 3}'], ":1: not a passage"),
-    (["[]"], ":1: not a passage")])
-def test_a_corpus_that_cannot_be_read(tmp_path, lines, message):
-    (tmp_path / "c.jsonl").write_text("\n".join(lines))
-    with pytest.raises(espl.UserError, match=message):
-        espl.search_tool(str(tmp_path / "c.jsonl"))
+    ([], "there is no passage"), (['{"text": "a"}', "{"], ":2: not a passage"), (['{"text": 3}'], ":1: not a passage"),
+    (["[]"], ":1: not a passage"), (None, "give --corpus-file: JSONL")])
+def test_a_corpus_that_cannot_be_read(tmp_path, capsys, lines, message):
+    (tmp_path / "c.jsonl").write_text("\n".join(lines or []))
+    files = [write_jsonl(tmp_path / name, [{"question": name, "answer": 1}]) for name in ("train", "test")]
+    argv = ["--task", "search", "--train-file", files[0], "--test-file", files[1]]
+    assert espl.main(argv + (["--corpus-file", str(tmp_path / "c.jsonl")] if lines is not None else [])) == 2
+    assert re.fullmatch(f"espl: error: task search: .*{message}.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("text, expected", [
     ("Answer: The Eiffel Tower!", (1, "correct")), ("I think. Answer:  eiffel-tower\n", (1, "correct")),
     ("Answer: Paris", (0, "wrong")), ("Answer:", (0, "wrong")), ("Eiffel Tower", (-0.1, "no_answer")),
-    ("Answer: x Answer: Eiffel Tower", (-0.1, "no_answer")), ("<think>Answer: x</think>Answer: tour", (0, "wrong")),
-    ("<think>Answer: x</think>Answer: la tour", (1, "correct")), ("<think>Answer: Eiffel Tower", (-0.1, "no_answer")),
-    ("Answer: Eiffel Tower in Paris", (0, "wrong"))])
+    ("Answer: x Answer: Eiffel Tower", (-0.1, "no_answer")), ("Answer: tour", (0, "wrong")),
+    ("Answer: la tour", (1, "correct")), ("Answer: Eiffel Tower in Paris", (0, "wrong"))])
 def test_search_reward_is_exact_match_and_format(text, expected):
-    assert espl.grade_search([(problem("?", "A"), "Answer: the")]) == [(0, "wrong")]  # no word is left to compare
-    assert espl.grade_search([(problem("?", "Eiffel Tower", "La Tour", "eiffeltower"), text)]) == [expected]
+    assert SEARCH.reward({"question": "?", "answer": "A"}, "Answer: the") == (0, "wrong")  # no word is left to compare
+    record = {"question": "?", "golden_answers": ["Eiffel Tower", "La Tour", "eiffeltower"]}
+    assert SEARCH.reward(record, text) == expected
+    assert SEARCH.reward({"answer": 12}, "Answer: 12.") == (1, "correct")
 
 
 def test_search_task(corpus, tmp_path):
     files = [write_jsonl(tmp_path / name, [{"question": f"{name} {i}?", "golden_answers": ["a", f"b{i}"]}
                                            for i in range(300)]) for name in ("train", "test")]
-    argv = ["--corpus-file", corpus, "--train-file", files[0], "--test-file", files[1]]
+    argv = ["--task", "search", "--corpus-file", corpus, "--train-file", files[0], "--test-file", files[1]]
     tasks = [espl.load_task(espl.parse_args([*argv, "--seed", str(seed)])) for seed in (0, 0, 1)]
     assert [(t.name, len(t.train) + len(t.val), len(t.test), list(t.tools)) for t in tasks] == [
         ("search", 196, 64, ["search"])] * 3
     assert tasks[0].train == tasks[1].train != tasks[2].train and tasks[0].test == tasks[1].test != tasks[2].test
     assert tasks[0].test[0].answers[0] == "a" and "{tools}" in tasks[0].texts["system"]
-    for bad, message in ((["--task", "search"], "--corpus-file: JSONL"), (argv + ["--task", "aime"], "is for --task")):
-        with pytest.raises(espl.UserError, match=message):
-            espl.load_task(espl.parse_args(bad + argv[2:]))
+    assert espl.grade(tasks[0], [(tasks[0].test[0], "Answer: A.")]) == [(1.0, "correct")]
+    with pytest.raises(espl.UserError, match="unrecognized arguments: --corpus-file"):  # a flag of this task alone
+        espl.parse_args(["--task", "aime", "--corpus-file", corpus])
 
 
 def test_a_record_of_the_search_data_set():
@@ -1348,10 +1366,16 @@ def test_a_record_of_the_search_data_set():
     assert espl.to_problem(record, "w") == espl.Problem("w", "who?", ("x", "y"))
 
 
-def test_contrast_by_grades_where_rewards_may_be_negative(math_task):
-    group = espl.Group(problem(), ["x"] * 15, [1.0] + [-0.1] * 14)
-    assert group.value < 0 and group.contrast
-    assert not espl.Group(problem(), ["x"] * 2, [-0.1, 0.0]).contrast and espl.Group(problem(), [""], [0.6]).contrast
+@pytest.mark.parametrize("rewards, outcomes, contrast, grades", [
+    ([1.0, 0.0], ["correct", "no_answer"], True, ["correct", "no_answer"]),
+    ([1.0, 1.0], ["correct"] * 2, False, ["correct"] * 2),
+    ([0.4, 0.9], ["correct"] * 2, True, ["correct, reward 0.4", "correct, reward 0.9"]),  # a penalty makes no failure
+    ([0.6, 0.6], ["partly right"] * 2, False, ["partly right, reward 0.6"] * 2),         # 0 < V < 1, nothing to learn
+    ([-0.1, 0.0], ["no_answer", "wrong"], True, ["no_answer, reward -0.1", "wrong"]),
+    ([-0.1, -0.1], ["no_answer"] * 2, False, ["no_answer, reward -0.1"] * 2)])
+def test_contrast_is_a_difference_of_rewards_and_grades_are_outcomes(rewards, outcomes, contrast, grades):
+    group = espl.Group(problem(), ["x"] * 2, rewards, outcomes)
+    assert group.contrast == contrast and group.grades == grades
 
 
 # ---- Selection ----
@@ -1371,8 +1395,7 @@ def test_select_distinct_prompts_of_the_window(mode):
     assert set(selections(population_of((25, 8)), 5, selection=mode)) == {(0,)}
     again = [selections(population, 1, selection=mode, num_prompts=2) for _ in range(2)]
     assert again[0] == again[1]
-    small_pool = espl.Population(population.prompts, max_pool_size=2)  # beyond max_pool_size nothing is selected
-    assert set(selections(small_pool, 5, selection=mode)) == {(4, 5)}
+    assert set(selections(population, 5, selection=mode, max_pool_size=2)) == {(4, 5)}  # the rest has left the pool
 
 
 # Scores mu + 2 sigma: 24, 25, 26, 24.5; lower bounds mu - 2 sigma: 20, 13, 2, 22.5
@@ -1433,7 +1456,7 @@ def test_ratings_follow_trueskill_and_not_the_order_of_prompts(values, ranks):
     expected = env.rate([(trueskill.Rating(*r),) for r in ratings], ranks)
     results = []
     for order in itertools.permutations(range(3)):
-        prompts = population_of(*ratings).prompts
+        prompts = population_of(*ratings)
         espl.update_ratings([prompts[i] for i in order], [values[i] for i in order], 7)
         results.append([(s.mu, s.sigma) for s in prompts])
         assert [s.history for s in prompts] == [
@@ -1443,7 +1466,7 @@ def test_ratings_follow_trueskill_and_not_the_order_of_prompts(values, ranks):
 
 
 def test_winner_gains_loser_falls():
-    a, b = population_of((25, 25 / 3), (25, 25 / 3)).prompts
+    a, b = population_of((25, 25 / 3), (25, 25 / 3))
     espl.update_ratings([a, b], [0.4, 0.8], 1)
     assert b.mu == pytest.approx(29.396, abs=1e-3) and a.mu == pytest.approx(20.604, abs=1e-3)  # trueskill's README
     assert a.sigma == b.sigma == pytest.approx(7.171, abs=1e-3)
@@ -1455,21 +1478,21 @@ def test_rating_by_the_last_value():
     assert espl.parse_args(["--task", "glyphs", "--rating", "last", "--ucb-lambda", "1"]).ucb_lambda == 1
     population = population_of((25, 8), (25, 4), (25, 2))
     for n, values in enumerate([(0.9, 0.1, 0.2), (0.3, 0.6, 0.5)], 1):
-        espl.update_ratings(population.prompts, values, n, config.rating)
-    assert [s.mu for s in population.prompts] == [0.3, 0.6, 0.5] and len({s.sigma for s in population.prompts}) == 1
-    assert [h["rank"] for s in population.prompts for h in s.history] == [0, 2, 2, 0, 1, 1]
+        espl.update_ratings(population, values, n, config.rating)
+    assert [s.mu for s in population] == [0.3, 0.6, 0.5] and len({s.sigma for s in population}) == 1
+    assert [h["rank"] for s in population for h in s.history] == [0, 2, 2, 0, 1, 1]
     seen = Counter(espl.select(population, dataclasses.replace(config, num_prompts=1), np.random.default_rng(i))[0].id
                    for i in range(20))
     assert seen == {1: 20}  # the last best one, whatever it was before
     run = SimpleNamespace(config=config, population=population)
-    espl.add_child(population, ["untried"], population.prompts[1:2], "mutation", 3, config, {})
+    espl.add_child(population, ["untried"], population[1:2], "mutation", 3, config)
     assert espl.tested_prompt(run).id == 1  # not its child, which inherits its rating and has not competed
-    child = espl.add_child(population, ["new"], population.prompts[:2], "crossover", 3, config, {})
+    child = espl.add_child(population, ["new"], population[:2], "crossover", 3, config)
     assert child.mu == pytest.approx(0.45)  # unrated: the plain mean of its parents
 
 
 def test_a_lone_prompt_keeps_its_rating():
-    [s] = population_of((30, 2)).prompts
+    [s] = population_of((30, 2))
     espl.update_ratings([s], [0.9], 3)
     assert (s.mu, s.sigma) == (30, 2) and s.history == [dict(iteration=3, value=0.9, rank=0, mu=30, sigma=2)]
 
@@ -1480,27 +1503,26 @@ def test_a_lone_prompt_keeps_its_rating():
     ([0, 1, 2], (30 / 4 + 20 / 16 + 10) / (1 / 4 + 1 / 16 + 1), math.sqrt(1 / (21 / 16) + 9)),
 ])
 def test_child_inherits_its_rating(parents, mu, sigma):
-    population, log = population_of((30, 2), (20, 4), (10, 1)), evolution_log()
-    child = espl.add_child(population, ["new"], [population.prompts[i] for i in parents], "crossover", 5,
-                           espl.Config(delta_sigma=3.0), log)
-    assert (child.mu, child.sigma) == (pytest.approx(mu), pytest.approx(sigma)) and population.prompts[-1] is child
+    population = population_of((30, 2), (20, 4), (10, 1))
+    child = espl.add_child(population, ["new"], [population[i] for i in parents], "crossover", 5,
+                           espl.Config(delta_sigma=3.0))
+    assert (child.mu, child.sigma) == (pytest.approx(mu), pytest.approx(sigma)) and population[-1] is child
     assert (child.id, child.operation, child.parents, child.iteration) == (3, "crossover", parents, 5)
-    assert "prompt 3" in log["crossover"]
 
 
 def test_a_child_equal_to_any_prompt_is_refused():
-    population, log = population_of((25, 8), (25, 8), max_pool_size=1), evolution_log()
-    for principles in (["principle 0"], None):
-        assert espl.add_child(population, principles, population.prompts[1:], "mutation", 1, espl.Config(), log) is None
-    assert len(population.prompts) == 2 and "nothing changed" in log["mutation"]
+    population = population_of((25, 8), (25, 8))
+    with pytest.raises(espl.NoChild, match="nothing changed .equal to prompt 0"):  # even if that has left the pool
+        espl.add_child(population, ["principle 0"], population[1:], "mutation", 1, espl.Config(max_pool_size=1))
+    assert len(population) == 2
 
 
 def test_pool_is_first_in_first_out_and_records_stay():
-    population = population_of((25, 8), max_pool_size=3)
+    population, config = population_of((25, 8)), espl.Config(max_pool_size=3, num_prompts=9)
     for i in range(4):
-        espl.add_child(population, [f"child {i}"], population.pool[-1:], "mutation", i, espl.Config(), evolution_log())
-    assert [s.id for s in population.pool] == [2, 3, 4] and [s.id for s in population.prompts] == [0, 1, 2, 3, 4]
-    assert [s.parents for s in population.prompts] == [[], [0], [1], [2], [3]]
+        espl.add_child(population, [f"child {i}"], population[-1:], "mutation", i, config)
+    assert [s.id for s in espl.select(population, config, np.random.default_rng(0))] == [2, 3, 4]
+    assert [s.parents for s in population] == [[], [0], [1], [2], [3]]
 
 
 # ---- Reading operations ----
@@ -1544,8 +1566,8 @@ FENCE = f"```json\n[{ADD}]\n```"
     (f"{FENCE.replace('x', 'z')}</think>{FENCE}", ["x"]),
     ('{"operations": [' + ADD + "]}", ["x"]),
     (f'[1, "a", null, [], {{}}, {{"no": 1}}, {ADD}, {{"operation": "add", "n": {"[" * 9999}{"]" * 9999}}}]',
-     ["x", None]),
-    (f'[{ADD}, {{"operation": "add", "n": {"9" * 5000}}}]', ["x", None]),
+     ["x"]),
+    (f'[{ADD}, {{"operation": "add", "n": {"9" * 5000}}}]', ["x"]),
     ("[]", []), ("```json\n[]\n```", []), ("Nothing should change: [ ]\n", []), ("So **[]**.", []),
     ("<think>hm</think>\n[]", []), (FENCE + "\nNo: []", ["x"]),
     ("", None), ("Nothing should change.", None), ("We need [] to hold elements.", None), ("x = []", None),
@@ -1698,84 +1720,94 @@ def test_leaks(principle, question, answer, leak):
 
 def group(name, rewards):
     x = espl.Problem(name, f"question {name}", (f"truth-{name}",))
-    return espl.Group(x, [f"{name}{j}" for j in range(len(rewards))], rewards)
+    outcomes = ["correct" if r >= 1 else "wrong" for r in rewards]
+    return espl.Group(x, [f"{name}{j}" for j in range(len(rewards))], rewards, outcomes)
 
 
 GROUPS = [group("a", [1, 0]), group("b", [0, 0]), group("c", [-0.1, 1.0]), group("d", [1, 1])]
 PARENT = espl.SystemPrompt(4, ["zero", "one"])
 
 
-def test_mutation_summarises_criticises_aggregates_applies(math_task):
-    ask = Reflector(
+def mutation_of(ask, groups=GROUPS, **flags):
+    """(the child's principles, or why there is none; the reflection) of a mutation of PARENT, which did best."""
+    other = [espl.Group(g.problem, [], [], []) for g in groups]
+    reflection = espl.Reflection([None, PARENT], [other, groups], 1, ask, espl.parse_operations, espl.Config(**flags))
+    try:
+        child, parents = espl.mutate(reflection)
+        assert parents == [PARENT]
+    except espl.NoChild as e:
+        child = str(e)
+    return child, reflection
+
+
+def test_mutation_summarises_criticises_aggregates_applies():
+    ask = Script(
         summarize=["sum a0", "sum a1", "sum c0", "sum c1"],
         critique=[reply_of(add("add 0"), add("add 1"), add("beyond K_ops")),
                   reply_of(modify("G7", "bad"), merge(["G0", "G1"]),
                               modify("G1", "better one"), add("add c"))],
         aggregate=[reply_of(merge(["G0", "C2"], "zero and c"), add("not here"),
                                modify("G1", "better one"))])
-    log = evolution_log()
-    child = espl.mutate(PARENT, GROUPS, ask, math_task, espl.Config(), log)
-    assert child == ["zero and c", "better one", "add 0", "add 1"] and log["parse_failures"] == 0
-    assert +log["dropped"] == {"beyond K_ops": 1, "unknown id": 1, "unknown operation": 2}
+    child, reflection = mutation_of(ask)
+    assert child == ["zero and c", "better one", "add 0", "add 1"] and reflection.unread == 0
+    assert +reflection.dropped == {"beyond K_ops": 1, "unknown id": 1, "unknown operation": 2}
     assert [r for r, _ in ask.asked] == ["summarize"] * 4 + ["critique"] * 2 + ["aggregate"]
     listed = "[G0] zero\n[G1] one"
     assert ask.requests("summarize") == [
         dict(problem=f"question {name[0]}", answer=f"truth-{name[0]}", principles=listed, response=name, grade=grade)
-        for name, grade in (("a0", "correct"), ("a1", "wrong"), ("c0", "wrong"), ("c1", "correct"))]  # -0.1 is wrong
+        for name, grade in (("a0", "correct"), ("a1", "wrong"), ("c0", "wrong, reward -0.1"), ("c1", "correct"))]
     assert ask.requests("critique") == [
         dict(problem=f"question {x}", answer=f"truth-{x}", principles=listed, max_operations="2", attempts=attempts)
         for x, attempts in (("a", "Attempt 1 (correct):\nsum a0\n\nAttempt 2 (wrong):\nsum a1"),
-                            ("c", "Attempt 1 (wrong):\nsum c0\n\nAttempt 2 (correct):\nsum c1"))]
+                            ("c", "Attempt 1 (wrong, reward -0.1):\nsum c0\n\nAttempt 2 (correct):\nsum c1"))]
     assert ask.requests("aggregate") == [
         dict(principles=listed + "\n[C0] add 0\n[C1] add 1\n[C2] add c", suggestions="[G1] -> better one")]
 
 
 @pytest.mark.parametrize("reflect_on, names", [("contrast", "ac"), ("failures", "abc"), ("all", "abcd")])
-def test_mutation_reflects_on(math_task, reflect_on, names):
-    ask = Reflector(summarize=["s"] * 8, critique=["[]"] * 4)
-    log = evolution_log()
-    assert espl.mutate(PARENT, GROUPS, ask, math_task, espl.Config(reflect_on=reflect_on), log) is None
+def test_mutation_reflects_on(reflect_on, names):
+    ask = Script(summarize=["s"] * 8, critique=["[]"] * 4)
+    child, reflection = mutation_of(ask, reflect_on=reflect_on)
     assert [s["problem"] for s in ask.requests("critique")] == [f"question {x}" for x in names]
-    assert "no valid proposal" in log["mutation"] and log["parse_failures"] == 0  # [] is an answer: not asked again
+    assert "no valid proposal" in child and reflection.unread == 0  # [] is an answer: not asked again
 
 
-@pytest.mark.parametrize("critiques, plans, child, failures, why", [
-    (["?", f"[{ADD}]"], ["[]"], ["zero", "one", "x"], 0, "none"),                       # second try; empty plan
-    (["?", "?"], [], None, 1, "no valid proposal"),
-    (["", reply_of(remove("G0"))], [], None, 0, "no valid proposal"),
-    ([f"[{ADD}]"], ["?", "```json\n[]\n```"], ["zero", "one", "x"], 0, "none"),
-    ([f"[{ADD}]"], ["?", "<think>[]"], None, 1, "did not parse"),
-    ([reply_of(modify("G1", "1"))], ["[]"], ["zero", "one"], 0, "none"),  # the plan decides
+@pytest.mark.parametrize("critiques, plans, child, failures", [
+    (["?", f"[{ADD}]"], ["[]"], ["zero", "one", "x"], 0),                       # second try; empty plan
+    (["?", "?"], [], "no valid proposal (1 of 1 critiques did not parse)", 1),
+    (["", reply_of(remove("G0"))], [], "no valid proposal (0 of 1 critiques did not parse)", 0),
+    ([f"[{ADD}]"], ["?", "```json\n[]\n```"], ["zero", "one", "x"], 0),
+    ([f"[{ADD}]"], ["?", "<think>[]"], "the revision plan did not parse", 1),
+    ([reply_of(modify("G1", "1"))], ["[]"], ["zero", "one"], 0),  # the plan decides
 ])
-def test_mutation_asks_once_more(math_task, critiques, plans, child, failures, why):
-    ask, log = Reflector(summarize=["s"] * 2, critique=critiques, aggregate=plans), evolution_log()
-    assert espl.mutate(PARENT, GROUPS[:2], ask, math_task, espl.Config(), log) == child
+def test_mutation_asks_once_more(critiques, plans, child, failures):
+    ask = Script(summarize=["s"] * 2, critique=critiques, aggregate=plans)
+    found, reflection = mutation_of(ask, GROUPS[:2])
+    assert found == child or found.startswith(child)
     assert len(ask.requests("critique")) == len(critiques) and len(ask.requests("aggregate")) == len(plans)
-    assert log["parse_failures"] == failures and why in log["mutation"]
+    assert reflection.unread == failures
 
 
-def test_only_unreadable_replies_are_asked_again(math_task):
-    ask, log = Reflector(critique=["[]", "?", f"[{ADD}]", f"[{ADD}]"]), evolution_log()
+def test_only_unreadable_replies_are_asked_again():
+    ask = Script(critique=["[]", "?", f"[{ADD}]", f"[{ADD}]"])
     slots = [dict.fromkeys(espl.SLOTS["critique"], name) for name in "abc"]
-    parsed = espl.ask_operations(ask, math_task, "critique", slots, log)
+    parsed = espl.Reflection([], [], 0, ask, espl.parse_operations, espl.Config()).operations("critique", slots)
     assert [ops and ops[0]["principle"] for ops in parsed] == [[], "x", "x"]
     assert ask.requests("critique") == [*slots, slots[1]]
 
 
-def test_mutation_without_contrast_asks_nothing(math_task):
-    log = evolution_log()
-    assert espl.mutate(PARENT, [GROUPS[1], GROUPS[3]], None, math_task, espl.Config(), log) is None
-    assert "no problem to reflect on (contrast)" in log["mutation"]
+def test_mutation_without_contrast_asks_nothing():
+    child, _ = mutation_of(None, [GROUPS[1], GROUPS[3]])
+    assert "no problem to reflect on (contrast)" in child
 
 
 @pytest.mark.parametrize("allow", [False, True])
-def test_mutation_drops_leaks_of_proposal_and_plan(math_task, allow):
-    ask = Reflector(summarize=["s"] * 2, critique=[reply_of(add("It is truth-a"), add("fine"))],
-                    aggregate=[reply_of(modify("G0", "Say truth-a"))])
-    log = evolution_log()
-    child = espl.mutate(PARENT, GROUPS[:1], ask, math_task, espl.Config(allow_leaks=allow), log)
+def test_mutation_drops_leaks_of_proposal_and_plan(allow):
+    ask = Script(summarize=["s"] * 2, critique=[reply_of(add("It is truth-a"), add("fine"))],
+                 aggregate=[reply_of(modify("G0", "Say truth-a"))])
+    child, reflection = mutation_of(ask, GROUPS[:1], allow_leaks=allow)
     assert child == (["Say truth-a", "one", "It is truth-a", "fine"] if allow else ["zero", "one", "fine"])
-    assert log["dropped"]["leaks a problem"] == (0 if allow else 2)
+    assert reflection.dropped["leaks a problem"] == (0 if allow else 2)
 
 
 # ---- Crossover ----
@@ -1796,38 +1828,42 @@ def test_crossover_parents(values, best, parents):
     assert result == parents and list(result) == list(parents)
 
 
-def crossover_of(math_task, *replies, rewards=((0.0, 1.0), (1.0, 0.2), (0.5, 0.2)), best=1):
+def crossover_of(*replies, rewards=((0.0, 1.0), (1.0, 0.2), (0.5, 0.2)), best=1):
+    """(principles and parents, or why there is no child; the script; the reflection)"""
     prompts = [espl.SystemPrompt(10 + i, p) for i, p in enumerate([["b zero"], ["a zero", "a one"], ["c"]])]
     attempts = [[group(f"q{b}", [r]) for b, r in enumerate(row)] for row in rewards]
-    ask, log = Reflector(crossover=replies), evolution_log()
-    return espl.crossover(prompts[:len(rewards)], attempts, best, ask, math_task, espl.Config(), log), ask, log
+    ask = Script(crossover=replies)
+    reflection = espl.Reflection(prompts[:len(rewards)], attempts, best, ask, espl.parse_operations, espl.Config())
+    try:
+        return espl.crossover(reflection), ask, reflection
+    except espl.NoChild as e:
+        return str(e), ask, reflection
 
 
-def test_crossover_edits_set_a(math_task):
+def test_crossover_edits_set_a():
     ops = [modify("A.G0", "a zero, improved"), modify("B.G0", "no"),
            add("from b"), merge(["A.G0", "A.G1"]), add("truth-q1"),
            remove("A.G1")]
-    (child, parents), ask, log = crossover_of(math_task, "Reasons [A.G0].\n" + json.dumps(ops))
+    (child, parents), ask, reflection = crossover_of("Reasons [A.G0].\n" + json.dumps(ops))
     assert child == ["a zero, improved", "from b"] and [s.id for s in parents] == [11, 10]
-    assert +log["dropped"] == {"unknown id": 1, "unknown operation": 1, "leaks a problem": 1}
+    assert +reflection.dropped == {"unknown id": 1, "unknown operation": 1, "leaks a problem": 1}
     assert ask.requests("crossover") == [dict(
         sets="Set A:\n[A.G0] a zero\n[A.G1] a one\n\nSet B:\n[B.G0] b zero",
         wins="Problem 0 (won by set A):\nquestion q0\n\nProblem 1 (won by set B):\nquestion q1")]
 
 
-def test_crossover_without_edits_makes_no_child(math_task):
-    (child, parents), _, log = crossover_of(math_task, "[]")
-    population = espl.Population(parents, 200)
-    assert espl.add_child(population, child, parents, "crossover", 1, espl.Config(), log) is None
-    assert len(population.prompts) == 2 and "nothing changed" in log["crossover"]
+def test_crossover_without_edits_makes_no_child():
+    (child, parents), *_ = crossover_of("[]")
+    with pytest.raises(espl.NoChild, match="nothing changed"):
+        espl.add_child(parents, child, parents, "crossover", 1, espl.Config())
 
 
-def test_crossover_that_does_not_parse_or_apply(math_task):
-    result, ask, log = crossover_of(math_task, "?", "still nothing")
-    assert result is None and len(ask.asked) == 2 and log["parse_failures"] == 1 and "did not parse" in log["crossover"]
+def test_crossover_that_does_not_parse_or_apply():
+    why, ask, reflection = crossover_of("?", "still nothing")
+    assert len(ask.asked) == 2 and reflection.unread == 1 and "did not parse" in why
     for rewards in (((1.0, 0.2),), ((1.0, 0.2), (1.0, 0.2))):
-        result, ask, log = crossover_of(math_task, rewards=rewards, best=0)
-        assert result is None and not ask.asked and "strictly" in log["crossover"]
+        why, ask, reflection = crossover_of(rewards=rewards, best=0)
+        assert not ask.asked and "strictly" in why
 
 
 # ---- pass@k ----
@@ -1883,7 +1919,7 @@ def test_only_the_text_after_thinking_is_graded():
     assert espl.final_text("<think>cut off") == espl.final_text("<think>a</think>b<think>cut off") == ""
     problem = espl.Problem("p", "q", ("3",))
     texts = [r"<think>\boxed{3}</think>Hm.", r"<think>\boxed{3}", r"<think>\boxed{4}</think>\boxed{3}", r"\boxed{ }"]
-    outcomes = [outcome for _, outcome in espl.grade_math([(problem, text) for text in texts])]
+    outcomes = [outcome for _, outcome in espl.grade_math([(problem, espl.final_text(text)) for text in texts])]
     assert outcomes == ["no_answer", "no_answer", "correct", "no_answer"]
 
 
@@ -2007,7 +2043,7 @@ PROMPTS = """[system]\nw1 w2\n\nw3 {principles}\n[principles]\n
 [aggregate]\n{principles} {suggestions}\n[crossover]\n{sets} {wins}\n"""
 KEYS = set("reward_mean rewards ratings contrast_groups response_tokens truncated outcomes".split())
 RL_KEYS = set("loss grad_norm entropy ratio_mean ratio_max sampler_gap kl trained_rollouts trained_tokens".split())
-EVOLUTION_KEYS = set("mutation crossover parse_failures dropped".split())
+EVOLUTION_KEYS = set("children no_child parse_failures dropped".split())
 
 
 def write_jsonl(path, records) -> str:
@@ -2054,7 +2090,7 @@ def world(tmp_path_factory):
 def flags(world, directory, **changes) -> list[str]:
     """Command line of a tiny run; a change to None leaves a flag out."""
     given = dict(train_file=world / "train.jsonl", test_file=world / "test.jsonl", prompts_file=world / "prompts.txt",
-                 model=world / "model", run_dir=directory, batch_size=4, num_rollouts=5, max_new_tokens=12, slots=8,
+                 model=world / "model", run_dir=directory, batch_size=4, num_rollouts=5, max_new_tokens=12, max_rows=8,
                  reflect_tokens=16, temperature=1.0, top_p=1.0, lora_rank=2, iterations=3, test_samples=2, val_size=2,
                  learning_rate=0.05, max_principles=12, p_crossover=1.0, compile_cache="") | changes
     return [a for k, v in given.items() if v is not None for a in ("--" + k.replace("_", "-"), str(v))]
@@ -2125,7 +2161,8 @@ def test_what_learns(run_of, mode):
     for s in prompts[1:]:
         m = lines[s["iteration"]]
         best, rating = max(m["rewards"].values()), m["ratings"][str(s["id"])]
-        assert m["rewards"][str(s["parents"][0])] == best and m[s["operation"]].startswith(f"prompt {s['id']} from")
+        assert m["rewards"][str(s["parents"][0])] == best
+        assert m["children"][s["operation"]] == {"id": s["id"], "parents": s["parents"]}
         mus, sigmas = np.array([m["ratings"][str(p)] for p in s["parents"]]).T
         assert len(mus) > 1 if s["operation"] == "crossover" else len(mus) == 1
         assert rating == pytest.approx([np.average(mus, weights=sigmas**-2), (1 / sum(sigmas**-2) + 1) ** 0.5])
@@ -2157,7 +2194,7 @@ def test_the_seed_decides_everything(world, tmp_path):
     other = play(flags(world, tmp_path / "other", seed=1, iterations=1))
     assert metrics(first) == metrics(same) and prompts_of(first) == prompts_of(same)
     assert read_lines(first, "rollouts.jsonl") == read_lines(same, "rollouts.jsonl")
-    assert equal((first.policy.theta, first.opt_state), (same.policy.theta, same.opt_state))
+    assert equal((first.policy.theta, first.trainer.opt_state), (same.policy.theta, same.trainer.opt_state))
     answers = [[r["response"] for r in read_lines(run, "rollouts.jsonl") if (r["split"], r["iteration"]) == ("test", 0)]
                for run in (first, other)]  # of the same model to the same problems
     assert answers[0] != answers[1] and first.task.train != other.task.train
@@ -2189,8 +2226,8 @@ def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop,
             g.rewards = [iteration / 10] * len(g.rewards)
         return groups
 
-    def stopping(run, m, last):
-        print_line(run, m, last)
+    def stopping(run, m):
+        print_line(run, m)
         if m["iteration"] == 4:
             raise stop
 
@@ -2207,12 +2244,12 @@ def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop,
         f.write('{"iteration": 5, "reward_mean": 0.')
     capsys.readouterr()
     resumed = play(["--resume", broken], sample_groups=improving)
-    assert re.findall(r"^ +(\d)/4 ", capsys.readouterr().out, re.M) == again
+    assert re.findall(r"^ +(\d) \|", capsys.readouterr().out, re.M) == again
     assert metrics(resumed) == metrics(whole) and prompts_of(resumed) == prompts_of(whole)
     for name in ("rollouts.jsonl", "reflections.jsonl"):
         assert (broken / name).read_bytes() == (whole.directory / name).read_bytes()
     assert "\u2028" in (broken / "rollouts.jsonl").read_text()  # ends a line for str.splitlines, but not a record
-    assert equal((resumed.policy.theta, resumed.opt_state), (whole.policy.theta, whole.opt_state))
+    assert equal((resumed.policy.theta, resumed.trainer.opt_state), (whole.policy.theta, whole.trainer.opt_state))
     assert resumed.evaluations == whole.evaluations
     assert [p.name for p in (broken / "best").iterdir() if p.name.isdigit()] == ["4"]
 
@@ -2224,34 +2261,9 @@ def test_a_batch_without_signal_is_a_logged_no_op(world, tmp_path):
     hopeless = write_jsonl(tmp_path / "t.jsonl", [{"problem": f"problem {i}", "answer": 77} for i in range(5)])
     run = play(flags(world, tmp_path / "run", train_file=hopeless, iterations=1, val_size=0))
     m = metrics(run)[1]
-    assert m["skipped"] and "loss" not in m and m["mutation"].startswith("none") and m["crossover"].startswith("none")
+    assert m["skipped"] and "loss" not in m and not m["children"] and set(m["no_child"]) == {"mutation", "crossover"}
     assert equal(run.policy.theta, run.policy.theta_ref) and "val" not in m
     assert list(espl.summary(run.evaluations)) == ["base model", "final", "mean of last 5"]
-
-
-def test_groups_are_graded_while_others_are_sampled(world, tmp_path):
-    calls, sampling, generate = [], [False], espl.generate
-
-    def sampled(*args):
-        sampling[0] = True
-        result = generate(*args)
-        time.sleep(0.2)  # what was waiting when the last group ended
-        sampling[0] = False
-        return result
-
-    grade = lambda problem, text: (float(zlib.crc32((problem.id + text).encode()) % 2), "wrong")
-
-    def graded(pairs):
-        calls.append((sampling[0], len(pairs)))
-        time.sleep(0.02)  # so that several groups wait for the next call
-        return [grade(*pair) for pair in pairs]
-
-    run = play(flags(world, tmp_path, mode="rl", iterations=1, slots=2), generate=sampled, grade_math=graded)
-    assert any(while_sampling for while_sampling, _ in calls) and len({n for _, n in calls}) > 1
-    assert sum(n for _, n in calls) == len(read_lines(run, "rollouts.jsonl"))
-    for r in read_lines(run, "rollouts.jsonl"):  # every response has its own grade
-        problem = next(x for x in run.task.train + run.task.val + run.task.test if x.id == r["problem"])
-        assert (r["reward"], r["outcome"]) == grade(problem, r["response"])
 
 
 def fail(*_, **__):
@@ -2263,27 +2275,48 @@ def full_disk(*_, **__):
 
 
 @pytest.mark.parametrize("part, warning", [
-    ("draw_curves", "it broke"), ("open", "No space left"), ("grade_math", "it broke"),
-    ("grade_math: none", "0 grades for")])
+    ("load_file", "it broke"), ("open", "No space left"), ("ask_math_verify", "answers not graded")])
 def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     generate = espl.generate
 
     def reflecting_fails(*args):
-        return (fail if "reflecting" in args[6] else generate)(*args)
+        return (fail if "reflecting" in args[4].label else generate)(*args)
 
-    patches = {"open": dict(open=full_disk), "grade_math": dict(grade_math=fail),
-               "grade_math: none": dict(grade_math=lambda pairs: []),
-               "draw_curves": dict(draw_curves=fail, generate=reflecting_fails)}
+    patches = {"open": dict(open=full_disk),
+               "ask_math_verify": dict(plain_integer=lambda text: None, subprocess=SimpleNamespace(
+                   run=full_disk, TimeoutExpired=subprocess.TimeoutExpired)),
+               "load_file": dict(load_file=fail, generate=reflecting_fails)}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
-    assert warning in error and "badly" not in error and run.population.prompts[0].history
-    assert equal(run.policy.theta, run.policy.theta_ref) == part.startswith("grade_math")
-    if part == "draw_curves":
-        assert metrics(run)[1]["mutation"] == "failed: it broke" and len(prompts_of(run)) == 1
-    if part.startswith("grade_math"):
-        assert metrics(run)[1]["outcomes"] == {"error": 60}
+    assert warning in error and "badly" not in error and run.population[0].history
+    if part == "load_file":
+        assert metrics(run)[1]["no_child"]["mutation"] == "failed: it broke" and len(prompts_of(run)) == 1
+    if part == "ask_math_verify":
+        assert metrics(run)[1]["outcomes"]["error"] > 0
 
 
-def test_interrupted_from_outside(world, tmp_path):
+@pytest.mark.parametrize("body, error", [
+    ("raise KeyError('colour')", "'colour'"), ("return 'good'", "could not convert"), ("return 1.5", "at most 1"),
+    ("return float('nan')", "at most 1"), ("return 1, 2, 3", "too many"), ("return None", "NoneType")])
+def test_a_reward_that_fails_counts_as_0(world, tmp_path, capsys, body, error):
+    """On every other response; the others get theirs, and the run goes on."""
+    (tmp_path / "task.py").write_text(f"def reward(record, response):\n    if len(response) % 2:\n        {body}\n"
+                                      "    return 0.5, 'half'\n")
+    run = play(flags(world, tmp_path / "run", iterations=1, task=tmp_path / "task.py"))
+    lines = [(r["reward"], r["outcome"]) for r in read_lines(run, "rollouts.jsonl")]
+    assert set(lines) == {(0.0, "error"), (0.5, "half")} and len(metrics(run)) == 2
+    warnings = [w for w in capsys.readouterr().err.split("\n") if "reward of task failed" in w]
+    assert 1 <= len(warnings) <= 5 and all(error in w for w in warnings)  # one for a batch of responses
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as a terminal has it, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupted_from_outside(world, tmp_path, ctrl_c):
     """Ctrl-C in another process, before the first checkpoint; the command that it names continues the run."""
     command = [sys.executable, "-u", espl.__file__, *flags(world, tmp_path / "run", iterations=1)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -2295,9 +2328,8 @@ def test_interrupted_from_outside(world, tmp_path):
     assert [m["iteration"] for m in metrics(play(["--resume", tmp_path / "run"]))] == [0, 1]
 
 
-def test_an_interrupt_that_was_swallowed_ends_the_run_after_its_iteration(world, tmp_path, capsys):
+def test_an_interrupt_that_was_swallowed_ends_the_run_after_its_iteration(world, tmp_path, capsys, ctrl_c):
     generate, before = espl.generate, signal.getsignal(signal.SIGINT)
-    assert before is signal.default_int_handler
 
     def swallowing(*args):
         with contextlib.suppress(KeyboardInterrupt):
@@ -2319,7 +2351,7 @@ def test_later_checkpoints_of_a_killed_run_are_replaced(run_of, tmp_path):
 def test_the_objective_is_a_mean_over_all_rollouts(world, tmp_path):
     given = []
     run = play(flags(world, tmp_path, mode="espl", iterations=3),
-               rl_update=lambda *args, update=espl.rl_update: given.append(args[3:5]) or update(*args))
+               rl_update=lambda *args, update=espl.rl_update: given.append(args[1:]) or update(*args))
     for iteration, (samples, number) in enumerate(given, 1):  # 1/(N M B), though groups without signal are left out
         rollouts = [(r["split"], r["iteration"]) for r in read_lines(run, "rollouts.jsonl")].count(("train", iteration))
         assert number == rollouts == 60
@@ -2338,7 +2370,7 @@ def test_a_gradient_that_is_not_finite_makes_no_step(world, tmp_path):
 def test_interrupted_while_loading(world, tmp_path, monkeypatch, capsys):
     def interrupt(config):
         raise KeyboardInterrupt
-    monkeypatch.setattr(espl, "load_engine", interrupt)
+    monkeypatch.setattr(espl, "load_model", interrupt)
     assert espl.main(flags(world, tmp_path / "run")) == 130
     assert "interrupted" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -2349,6 +2381,11 @@ def model(world, path, name="config.json", text=None, **changes):
     config = json.loads((path / "config.json").read_text())
     (path / name).write_text(text or json.dumps(config | changes))
     return path
+
+
+def task(d, text):
+    (d / "task.py").write_text(text)
+    return d / "task.py"
 
 
 def file(d, *records):
@@ -2386,6 +2423,18 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "shapes": (lambda w, d: dict(model=model(w, d / "m", intermediate_size=48)), r"mlp\.\w+_proj.weight.*48"),
     "template": (lambda w, d: dict(model=model(w, d / "m", "chat_template.jinja", "silent")), "chat template"),
     "prompts section": (lambda w, d: dict(prompts_file=w / "train.jsonl"), r"no section \[math\.system\]"),
+    "no task": (lambda w, d: dict(task="glyph"), r"--task glyph: there is no .*tasks.glyph\.py; get the folder tasks"),
+    "task does not load": (lambda w, d: dict(task=task(d, "import no_such_module")), "task.py .*no_such_module"),
+    "task syntax": (lambda w, d: dict(task=task(d, "def")), "task.py does not load .*invalid syntax"),
+    "task default": (lambda w, d: dict(task=task(d, "DEFAULTS = dict(colour=1)")), "task.py: .*DEFAULTS.*colour"),
+    "task flag": (lambda w, d: dict(task=task(d, "FLAGS = {'seed': 1}")), "task.py: its FLAGS"),
+    "task texts": (lambda w, d: dict(task=task(d, "PROMPTS = '[critique]'")), r"\[critique\].*lacks the slot"),
+    "task tool": (lambda w, d: dict(task=task(d, "def tools(config):\n    return {'x': lambda y: y}")), "slot {tools}"),
+    "task problems": (lambda w, d: dict(task=task(d, "def problems(config):\n    return [{}], []"), train_file=None),
+                      "task.py:0: needs a text problem"),
+    "task problems fail": (lambda w, d: dict(task=task(d, "def problems(config):\n    1 / 0"), train_file=None),
+                           "task.py: .*division by zero"),
+    "no problems": (lambda w, d: dict(task=task(d, ""), train_file=None), "no problem in .*task.py; choose another"),
     "occupied": (lambda w, d: dict(run_dir=w), "is not empty.*--resume"),
     "below a file": (lambda w, d: dict(run_dir=w / "train.jsonl" / "run"), "--run-dir"),
     "run_dir a file": (lambda w, d: dict(run_dir=w / "train.jsonl"), "--run-dir"),
@@ -2427,7 +2476,7 @@ def test_exit_code_of_the_program():
 def test_long_problems_are_left_out(world, tmp_path, capsys):
     problems = (world / "train.jsonl").read_text().splitlines(True) + LONG[:2]
     config = espl.parse_args(flags(world, tmp_path, train_file=file(tmp_path, *problems)))
-    task, chat = espl.load_task(config), espl.load_engine(config)[1]
+    task, chat = espl.load_task(config), espl.load_model(config)[1]
     size = len(chat.ids(espl.system_text(task, []), task.test[0].question))  # that of all short ones
     espl.drop_long_problems(task, chat, size + 1, 64)
     assert len(task.train + task.val) == 12 and len(task.test) == 3
@@ -2441,16 +2490,18 @@ def test_long_problems_are_left_out(world, tmp_path, capsys):
 # ---- flags and data --------------------------------------------------------------------------------------------------
 
 
-def test_help_lists_every_flag(capsys):
+@pytest.mark.parametrize("task", ["", "glyphs", "search"])
+def test_help_lists_every_flag(task, capsys):
+    """With the defaults of the task, and its own flags."""
     with pytest.raises(SystemExit) as stop:
-        espl.main(["--help"])
-    text = capsys.readouterr().out
+        espl.main(["--help", *(["--task", task] if task else [])])
+    text, module = capsys.readouterr().out, espl.task_file(task)
     entries = {e.split()[0].strip(","): " ".join(e.split()) for e in re.split(r"\n  (?=--)", text)}
-    assert stop.value.code == 0
+    assert stop.value.code == 0 and ("--corpus-file" in entries) == (task == "search")
     for f in dataclasses.fields(espl.Config):
-        name, default = "--" + f.name.replace("_", "-"), f"(default: {f.default}" if f.default != "" else ""
-        own = "".join(f"; for {t} {d[f.name]}" for t, d in espl.TASK_DEFAULTS.items() if f.name in d)
-        assert default + own + ")" * bool(default) in entries[name], name
+        default = module.get("DEFAULTS", {}).get(f.name, f.default)
+        if f.name not in ("task", "model"):
+            assert f"(default: {default})" * (default != "") in entries["--" + f.name.replace("_", "-")], f.name
     assert all(f"[{s}]" in text for s in "B N M K alpha beta lambda p_crossover dsigma K_ops".split())
 
 
@@ -2487,16 +2538,33 @@ def test_duplicates_and_test_problems_leave_the_training_set(tmp_path):
     ({"question": "q", "golden_answers": ["a", " b", ""]}, "q", ("a", "b")),
     ({"prompt": [{"content": "Solve.\n\nx\n\ny\n\nEnd."}], "reward_model": {"ground_truth": "3"}}, "x\n\ny", ("3",))])
 def test_to_problem(record, question, answers):
-    assert espl.to_problem(record, "here") == espl.Problem("here", question, answers)
+    problem = espl.to_problem(record, "here")
+    assert problem == espl.Problem("here", question, answers) and problem.record == record
 
 
-def test_batches_cover_the_training_set_once_an_epoch():
-    run = SimpleNamespace(task=SimpleNamespace(train=list(range(10))), config=SimpleNamespace(batch_size=3),
+def test_dapo_is_read_through_its_columns(monkeypatch):
+    """1.79 million rows on the hub, each problem a hundred times; here 200,000 of 2,000, in seconds."""
+    import datasets
+    rows = [{"prompt": [{"content": f"Solve.\n\nproblem {i}\n\nEnd.", "role": "user"}],
+             "reward_model": {"ground_truth": str(i % 7), "style": "rule"}} for i in range(2000)]
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_list(rows)] * 100)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: rows)
+    start = time.process_time()
+    problems = espl.read_hub("x:train")
+    assert time.process_time() - start < 10
+    assert [(p.question, p.answers) for p in problems] == [(f"problem {i}", (str(i % 7),)) for i in range(2000)]
+
+
+@pytest.mark.parametrize("n, B, batches", [(19, 10, 2), (10, 3, 4), (10, 40, 1), (9, 3, 3)])
+def test_every_epoch_trains_on_every_problem(n, B, batches):
+    """The last batch of an epoch holds what is left."""
+    run = SimpleNamespace(task=SimpleNamespace(train=list(range(n))), config=espl.Config(batch_size=B, epochs=2),
                           seed=lambda purpose: (0, zlib.crc32(purpose.encode())))
-    epochs = [[espl.next_problems(run, e * 3 + i) for i in (1, 2, 3)] for e in range(2)]
-    assert all(len({x for batch in epoch for x in batch}) == 9 for epoch in epochs) and epochs[0] != epochs[1]
-    run.config.batch_size = 40
-    assert sorted(espl.next_problems(run, 1)) == list(range(10))
+    assert espl.last_iteration(run) == 2 * batches
+    epochs = [[espl.next_problems(run, e * batches + i) for i in range(1, batches + 1)] for e in range(2)]
+    for epoch in epochs:
+        assert sorted(sum(epoch, [])) == list(range(n)) and all(len(batch) == B for batch in epoch[:-1])
+    assert epochs[0] != epochs[1]
 
 
 # ---- pieces of the loop ----------------------------------------------------------------------------------------------
@@ -2508,8 +2576,8 @@ def test_batches_cover_the_training_set_once_an_epoch():
 def test_advantages(changes, expected):
     """One problem, two prompts with rewards (1, 0) and (1, 1); the second response of each is truncated."""
     responses = [[espl.Response([7], [-1.0], stop) for stop in (first, "length")] for first in ("eos", "calls")]
-    groups = [[espl.Group(None, ["", ""], r, prompt_ids=[1], responses=y)] for r, y in zip(([1, 0], [1, 1]), responses)]
-    samples = espl.to_samples(SimpleNamespace(config=espl.Config(**changes)), groups)
+    groups = [[espl.Group(None, ["", ""], r, ["", ""], [1], y)] for r, y in zip(([1, 0], [1, 1]), responses)]
+    samples = espl.to_samples(groups, espl.Config(**changes))
     assert [s.advantage for s in samples] == pytest.approx(expected)
     assert all((s.prompt, s.tokens, s.logprobs) == ([1], [7], [-1.0]) for s in samples)
 
@@ -2554,14 +2622,14 @@ def test_fit_request_cuts_the_middle_with_a_note(chat, monkeypatch):
 def test_reflection_requests_leave_room_for_the_reply(chat, monkeypatch, tmp_path, reflect_tokens):
     seen = []
 
-    def sample(engine, theta, prompts, counts, sampling, seed, label):
-        seen.append((theta, prompts, counts, seed))
+    def sample(policy, theta, prompts, counts, sampling):
+        seen.append((theta, prompts, counts, sampling.seed))
         return [[espl.Response([20, 21], [0, 0], "eos")] * n for n in counts]
 
     monkeypatch.setattr(espl, "generate", sample)
-    engine = SimpleNamespace(context=100, policy=SimpleNamespace(theta="now", theta_ref="reference"))
+    trainer = SimpleNamespace(policy=SimpleNamespace(theta="now", theta_ref="reference", context=100))
     task = SimpleNamespace(texts={"summarize": "w1 {a}", "critique": "w1 " * 200})
-    run = espl.Run(espl.Config(reflect_tokens=reflect_tokens), task, chat, engine, None, None, None, tmp_path)
+    run = espl.Run(espl.Config(reflect_tokens=reflect_tokens), task, chat, trainer, [], tmp_path)
     ask = espl.make_ask(run, 1)
     assert len(ask("summarize", [{"a": "w2 " * n} for n in (3, 500)])) == 2
     with pytest.raises(ValueError, match="does not fit"):
@@ -2588,35 +2656,8 @@ def test_stop_tokens(tmp_path, files, expected):
     (dict(num_prompts=1), 2)])
 def test_tested_prompt_is_the_surest_one_or_the_latest(changes, expected):
     prompts = [espl.SystemPrompt(i, [], mu, sigma) for i, (mu, sigma) in enumerate([(25, 1), (30, 5), (24, 1)])]
-    run = SimpleNamespace(config=espl.Config(**changes), population=espl.Population(prompts, 200))
+    run = SimpleNamespace(config=espl.Config(**changes), population=prompts)
     assert espl.tested_prompt(run).id == expected
-
-
-def test_tree_picture(tmp_path, monkeypatch):
-    """Sixty random prompts: no two boxes overlap, every child is below its parents, all edges are there."""
-    import matplotlib
-    from matplotlib.axes import Axes
-    rng, drawn, text = np.random.default_rng(0), {}, Axes.text
-    prompts = [espl.SystemPrompt(0, [], 20.0, scores=[dict(iteration=0, split="test", score=0.625)])]
-    for i in range(1, 60):
-        parents = rng.choice(range(max(0, i - 8), i), min(i, 1 + (i % 5 == 0) * rng.integers(1, 3)), replace=False)
-        kind = "mutation" if len(parents) == 1 else "crossover"
-        prompts.append(espl.SystemPrompt(i, [str(i)], 20.0 + i / 2, 1.0, kind, parents.tolist(), i))
-    monkeypatch.setattr(Axes, "text", lambda *args, **k: drawn.update({args[3]: (*args[1:3], k)}) or text(*args, **k))
-    run = SimpleNamespace(population=espl.Population(prompts, 200), config=espl.Config(), directory=tmp_path)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        espl.draw_tree(run)
-    assert (tmp_path / "tree.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    at = {s.id: drawn[f"{s.id}\n{s.mu:.3g}"][:2] for s in prompts}
-    assert drawn["0.62"][1] == at[0][1] and len(drawn) == 61
-    [marked] = [s for s, (_, _, k) in drawn.items() if k.get("bbox", {}).get("linewidth", 0) > 1]
-    assert marked.startswith(f"{espl.tested_prompt(run).id}\n")
-    for (x, y), (x2, y2) in itertools.combinations(at.values(), 2):
-        assert y != y2 or abs(x - x2) >= 1
-    assert all(at[s.id][1] > at[i][1] for s in prompts for i in s.parents)
-    svg, edges = (tmp_path / "tree.svg").read_text(), Counter(s.operation for s in prompts for _ in s.parents)
-    for kind, color in (("mutation", "#00bfff"), ("crossover", "#ffa500")):  # a shaft and a head each, and the legend
-        assert svg.count(f"stroke: {color}") == 2 * edges[kind] + 1 and edges[kind] > 5
 
 
 @pytest.mark.parametrize("c, n, k, expected", [(0, 4, 2, 0), (1, 4, 1, 0.25), (1, 4, 2, 0.5), (3, 4, 2, 1)])
@@ -2681,6 +2722,12 @@ def caller(tmp_path_factory):
     for name, part in (("train", problems[:400]), ("test", problems[400:464])):
         write_jsonl(d / f"{name}.jsonl", part)
     write_jsonl(d / "prompts.txt", [CALL_PROMPTS])
+    search = Path(espl.__file__).parent / "tasks" / "search.py"
+    for tool in (look_up, look_up_answer):
+        (d / f"{tool.__name__}.py").write_text(
+            f"import runpy, zlib\nreward = runpy.run_path({str(search)!r})['reward']\n"
+            f"{inspect.getsource(look_up)}\n{inspect.getsource(look_up_answer)}\n"
+            f"def tools(config):\n    return {{'search': {tool.__name__}}}\n")
     lines = []
     for _ in range(800 * 64):  # (token, whether it is learned)
         asked, digit = rng.choices(CALL_KEYS, k=3), rng.choice(CALL_WORDS[-10:])
@@ -2709,8 +2756,8 @@ def caller(tmp_path_factory):
     return d
 
 
-def call_flags(d, run_dir, **changes) -> list[str]:
-    given = dict(model=d, train_file=d / "train.jsonl", test_file=d / "test.jsonl", corpus_file="x", train_size=400,
+def call_flags(d, run_dir, tool=look_up, **changes) -> list[str]:
+    given = dict(task=d / f"{tool.__name__}.py", model=d, train_file=d / "train.jsonl", test_file=d / "test.jsonl", train_size=400,
                  prompts_file=d / "prompts.txt", lora_rank=0, learning_rate=2e-3, max_grad_norm=1, temperature=1,
                  top_p=1, max_new_tokens=30, batch_size=16, num_rollouts=4, iterations=30, val_size=8, test_samples=4,
                  eval_every=30, save_every=30, reflect_tokens=16, run_dir=run_dir, compile_cache="") | changes
@@ -2719,7 +2766,7 @@ def call_flags(d, run_dir, **changes) -> list[str]:
 
 def test_reinforcement_learning_with_a_tool(caller, tmp_path):
     """From guessing (a tenth) to looking up and copying, on problems that were never trained on."""
-    run = play(call_flags(caller, tmp_path / "run", mode="rl"), search_tool=lambda path: look_up)
+    run = play(call_flags(caller, tmp_path / "run", mode="rl"))
     first, last = (e["test"] for e in run.evaluations)
     assert first < 0.25 and last > 0.8
     lines = [r for r in read_lines(run, "rollouts.jsonl") if r["split"] == "train"]
@@ -2737,12 +2784,12 @@ def test_reinforcement_learning_with_a_tool(caller, tmp_path):
 def test_evolution_with_a_tool(caller, tmp_path):
     """The operators see what the tool replied; the limit on calls ends a response, with the reward it has then."""
     run = play(call_flags(caller, tmp_path / "run", mode="espl", iterations=2, p_crossover=1, max_tool_calls=0,
-                          reflect_on="all", eval_every=2), search_tool=lambda path: look_up)
+                          reflect_on="all", eval_every=2))
     m, lines = metrics(run)[1], read_lines(run, "rollouts.jsonl")
     assert m["too_many_calls"] > 0.9 and {r["reward"] for r in lines if r["stop"] == "calls"} == {-0.1}
-    assert len(run.population.prompts) > 1 and m["mutation"] == "prompt 1 from 0"
-    run = play(call_flags(caller, tmp_path / "run2", mode="evolution", iterations=1, reflect_on="all", num_rollouts=1,
-                          num_prompts=1), search_tool=lambda path: look_up_answer)
+    assert len(run.population) > 1 and m["children"]["mutation"] == {"id": 1, "parents": [0]}
+    run = play(call_flags(caller, tmp_path / "run2", look_up_answer, mode="evolution", iterations=1, reflect_on="all",
+                          num_rollouts=1, num_prompts=1))
     requests = [r["prompt"] for r in read_lines(run, "reflections.jsonl") if r["request"] == "summarize"]
     shown = [r for r in read_lines(run, "rollouts.jsonl") if r["split"] == "train"]
     assert len(requests) == len(shown) == 16
@@ -2752,533 +2799,3 @@ def test_evolution_with_a_tool(caller, tmp_path):
     assert {r["outcome"] for r in shown if r["calls"] == 1} >= {"wrong"}  # what a tool says is no answer of the model
 
 
-# ======================================================================================================================
-# 8. The embedded world: its language, its lessons, its model
-# ======================================================================================================================
-
-GLYPH_TEXTS = espl.read_prompts(espl.DEFAULT_PROMPTS, "glyphs")
-MEANS = {  # written out, independently of the program
-    "plus": lambda a, b: int(str(a + b)[-1]), "minus": lambda a, b: a - b if a >= b else a - b + 10,
-    "times": lambda a, b: int(str(a * b)[-1]), "diff": lambda a, b: max(a, b) - min(a, b),
-    "max": lambda a, b: a if a > b else b, "min": lambda a, b: b if a > b else a,
-    "left": lambda a, b: a, "right": lambda a, b: b}
-SKILLS = ("solve", "arithmetic", "recall", "infer", "summarize", "critique", "aggregate", "crossover")
-
-
-@pytest.fixture(scope="module")
-def glyph_model(tmp_path_factory):
-    """Directory of an embedded model after 20 steps: everything but its skill."""
-    directory = tmp_path_factory.mktemp("glyphs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(espl, "PRETRAIN_STEPS", 20)
-        espl.pretrain(directory, 3, GLYPH_TEXTS)
-    return directory
-
-
-def lessons(skill, n, progress=0.5, seed=0):
-    lesson = espl.Lesson(seed, GLYPH_TEXTS)
-    return [lesson.example(progress, skill) for _ in range(n)]
-
-
-def words(text):
-    return re.findall(espl.WORD, text)
-
-
-def listed(prompt):
-    """{id: (glyph, operation)} of the principles in a prompt."""
-    return {i: (g, name) for i, g, name in re.findall(r"^\[([A-Z.]*\d+)\] (\S) (\w+)$", prompt, re.M)}
-
-
-def test_glyph_problems_have_right_answers():
-    train, test = espl.glyph_problems(5)
-    assert len({p.question for p in train}) == len(train) == 1200 and len(test) == 128
-    results = defaultdict(dict)
-    for p in train:
-        a, g, b = p.question.split()
-        results[g][int(a), int(b)] = int(p.answer)
-    tables = {name: {(a, b): f(a, b) for a in range(10) for b in range(10)} for name, f in MEANS.items()}
-    meaning = {g: next(name for name, table in tables.items() if table == found) for g, found in results.items()}
-    assert set(meaning.values()) == set(MEANS) and max(Counter(meaning.values()).values()) <= 2
-    for p in test:
-        a, g, b, h, c = p.question.split()
-        assert p.answer == str(MEANS[meaning[h]](MEANS[meaning[g]](int(a), int(b)), int(c)))
-    assert espl.glyph_problems(5) == (train, test) and espl.glyph_problems(6)[1] != test
-    assert not any(set(table.values()) == {0} for table in tables.values())  # "0" is no principle's constant answer
-
-
-@pytest.mark.parametrize("text, outcome", [
-    ("@ max 7 4 = 7", "correct"), ("@ max 7 4 = 3 ; # plus 3 4 = 7", "correct"), ("@ max 7 4 = 4", "wrong"),
-    ("7", "no_answer"), ("= 7 ;", "no_answer"), ("", "no_answer"),
-    ("@ max 7 4 = ", "no_answer"), ("@ max 7 4 = 7\n", "correct")])
-def test_grade_glyphs(text, outcome):
-    assert espl.grade_glyphs([(espl.Problem("", "7 @ 4", ("7",)), text)]) == [(float(outcome == "correct"), outcome)]
-
-
-@pytest.mark.parametrize("reply, expected", [
-    ("7 % 4 truth 3 infer max 7 4 is 7 truth 3 ; minus 7 4 is 3 truth 3 so % none add % minus",
-     [("add", "% minus", "", [])]),
-    ("7 % 4 truth 3 infer minus 7 4 is 3 truth 3 so % [G3] % max modify [G3] % minus",
-     [("modify", "% minus", "G3", ["G3"])]),
-    ("… so keep", []), ("[C0] % max [C0] % max keep ; [C1] # left [G2] # right merge [G2] [C1] # left",
-                        [("merge", "# left", "G2", ["G2", "C1"])]),
-    ("B % max [A.G1] % left modify [A.G1] % max ; C ! left none add ! left",
-     [("modify", "% max", "A.G1", ["A.G1"]), ("add", "! left", "", [])]),
-    ("", None), ("% [G3] % max", None), ("keep going", None), ("modify [G3]", [("modify", "", "G3", ["G3"])]),
-    ("so add %", None)])
-def test_parse_glyphs(reply, expected):
-    found = espl.parse_glyphs(reply)
-    keys = ("operation", "principle", "modified_from", "merged_from")
-    assert found == (None if expected is None else [dict(zip(keys, op)) for op in expected])
-
-
-@pytest.mark.parametrize("skill", SKILLS)
-def test_the_tokenizer_reads_what_pretraining_wrote(glyph_model, skill):
-    """Requests reach the model as in pretraining, here through chat template and tokenizer."""
-    from transformers import AutoTokenizer
-    chat = espl.Chat(AutoTokenizer.from_pretrained(glyph_model))
-    for turns in lessons(skill, 30):
-        for prompt, reply in turns:
-            assert chat.ids("", prompt) == [espl.WORD_IDS[w] for w in words(prompt + "\n|")]
-            ids = chat.tokenizer(reply).input_ids
-            assert ids == [espl.WORD_IDS[w] for w in words(reply)] and chat.text(ids) == " ".join(words(reply))
-    (problem, _), *_ = lessons("solve", 1, seed=7)[0]
-    assert chat.ids("[G0] @ max", "7 @ 4") == [espl.WORD_IDS[w] for w in "[G0] @ max 7 @ 4 |".split()]
-    task = SimpleNamespace(texts=GLYPH_TEXTS)
-    assert chat.text(chat.ids(espl.system_text(task, ["@ max", "# plus"]), "7 @ 4")) == "[G0] @ max [G1] # plus 7 @ 4 |"
-    assert chat.text(chat.ids(espl.system_text(task, []), "7 @ 4")) == "7 @ 4 |"
-
-
-def test_the_language_of_requests():
-    """What the model sees of the loop's wording: no numbers of attempts and problems, of other sets only the letter."""
-    slots = espl.critique_slots(espl.Problem("", "7 @ 4", ("3",)), {"G0": "@ max"}, [("correct", "@ max")] * 12, 1)
-    text = " ".join(words(espl.fill(GLYPH_TEXTS["critique"], slots)))
-    assert text == "[G0] @ max 7 @ 4 truth 3" + " correct @ max" * 12 + " critique"
-    slots = espl.crossover_slots({"A": ["@ max"], "B": ["# left", "@ min"]}, [("A", 3, espl.Problem("", "7 @ 4", ())),
-                                                                            ("B", 10, espl.Problem("", "1 # 2", ()))])
-    text = " ".join(words(espl.fill(GLYPH_TEXTS["crossover"], slots)))
-    assert text == "[A.G0] @ max B # left B @ min A 7 @ 4 B 1 # 2 crossover"
-    proposals = [{"operation": "add", "principle": "# left"},
-                 {"operation": "modify", "principle": "@ min", "modified_from": "G0"}]
-    _, slots = espl.aggregate_slots({"G0": "@ max"}, proposals)
-    text = " ".join(words(espl.fill(GLYPH_TEXTS["aggregate"], slots)))
-    assert text == "[G0] @ max [C0] # left [G0] -> @ min aggregate"
-
-
-def test_the_longest_requests_fit(glyph_model):
-    """Full lists, fifteen attempts, three sets: nothing of a request is ever cut."""
-    config, problem = espl.parse_args([]), espl.Problem("", "7 @ 4", ("3",))
-    engine, chat = espl.load_engine(dataclasses.replace(config, model=str(glyph_model)))
-    principles = ["@ max"] * config.max_principles
-    ids, many = espl.numbered(principles), config.num_prompts * config.num_rollouts
-    proposals = [{"operation": "modify", "modified_from": "G0", "principle": "@ min"}] * config.reflect_problems
-    wins = [("B", b, problem) for b in range(config.batch_size)]
-    requests = {"critique": espl.critique_slots(problem, ids, [("correct", "@ max")] * many, 1),
-                "aggregate": espl.aggregate_slots(ids, proposals)[1],
-                "crossover": espl.crossover_slots(dict.fromkeys("ABC", principles), wins)}
-    for name, slots in requests.items():
-        whole = chat.ids("", espl.fill(GLYPH_TEXTS[name], slots))
-        assert espl.fit_request(chat, GLYPH_TEXTS[name], slots, engine.context - config.reflect_tokens) == whole
-
-
-def test_solving_follows_the_principles():
-    """Without habits: the list's operation wherever there is one (any of several), else a guess; results are right."""
-    guessed = Counter()
-    for turns in lessons("solve", 300):
-        known = defaultdict(set)
-        for g, name in listed(turns[0][0]).values():
-            known[g].add(name)
-        for prompt, reply in turns:
-            a, *rest = prompt.split("\n")[-1].split()
-            for step, g, b in zip(reply.split(" ; "), rest[::2], rest[1::2]):
-                glyph, name, x, y, _, result = step.split()
-                assert (glyph, x, y) == (g, a, b) and int(result) == MEANS[name](int(a), int(b))
-                assert name in known[g] or not known[g]
-                guessed[name] += not known[g]
-                a = result
-    assert set(guessed) == set(MEANS) and max(guessed.values()) < 2 * min(guessed.values())
-
-
-def test_bad_habits():
-    lesson, n = espl.Lesson(0, GLYPH_TEXTS), 4000
-    for name in MEANS:
-        results = [lesson.carry_out(name, 7, 4, 1.0) for _ in range(n)]
-        right = results.count(MEANS[name](7, 4)) / n
-        assert abs(right - (0.3 if name in ("plus", "minus", "times", "diff") else 0.91)) < 0.03
-        assert name not in espl.HARD or set(results) == {0, MEANS[name](7, 4)}
-        assert {lesson.carry_out(name, 7, 4, 0.0) for _ in range(50)} == {MEANS[name](7, 4)}
-    zeros = {f: np.mean([reply.endswith(" = 0") for (_, reply), in lessons("arithmetic", 400, f)]) for f in (0.8, 0.9)}
-    assert zeros[0.8] < 0.25 and zeros[0.9] > 0.35
-
-
-def test_critique_lessons_judge_by_the_truth():
-    """After the reply the list explains the problem; a principle that did is kept; successes are tried first."""
-    seen = Counter()
-    for (prompt, reply), in lessons("critique", 400):
-        a, g, b, truth = re.search(r"^(\d) (\S) (\d) truth (\d)$", prompt, re.M).groups()
-        right = {name for name, f in MEANS.items() if f(int(a), int(b)) == int(truth)}
-        principles = {i: f"{glyph} {name}" for i, (glyph, name) in listed(prompt).items()}
-        first = next((name for glyph, name in listed(prompt).values() if glyph == g), None)
-        ops = espl.parse_glyphs(reply)
-        result = espl.apply_operations(principles, ops, ("add", "modify"), [], espl.Config(), dropped := Counter())
-        now = next(text.split()[1] for text in result if text[0] == g)
-        assert now in right and (ops == []) == (first in right) and not dropped["unknown id"]
-        for name, x, y, z in re.findall(r"(\w+) (\d) (\d) is (\d)", reply):
-            assert (x, y) == (a, b) and int(z) == MEANS[name](int(a), int(b))
-        won = Counter(re.findall(r"\(correct\):\n\S (\w+)", prompt)).most_common()
-        if first not in right and won and won[0][0] in right and (len(won) == 1 or won[0][1] > won[1][1]):
-            assert now == won[0][0]
-        seen["keep" if not ops else ops[0]["operation"]] += 1
-    assert min(seen[verb] for verb in ("keep", "add", "modify")) > 40
-
-
-def test_aggregate_lessons_leave_one_entry_a_glyph():
-    for (prompt, reply), in lessons("aggregate", 300):
-        entries = listed(prompt)
-        candidates = {i: f"{g} {name}" for i, (g, name) in entries.items()}
-        wanted = [(g, name) for i, (g, name) in entries.items() if i.startswith("C")]
-        wanted += [tuple(x) for x in re.findall(r"-> (\S) (\w+)", prompt)]
-        ops, dropped = espl.parse_glyphs(reply), Counter()
-        result = espl.apply_operations(candidates, ops, ("modify", "merge"), [], espl.Config(), dropped)
-        before = Counter(g for i, (g, _) in entries.items() if i.startswith("G"))
-        assert not dropped["unknown id"] and not dropped["merge of fewer than two"]
-        for g in {g for g, _ in wanted}:
-            found = [text.split()[1] for text in result if text[0] == g]
-            assert found[0] in {name for glyph, name in wanted if glyph == g} and len(found) <= max(1, before[g])
-        untouched = [text for i, text in candidates.items() if text[0] not in {g for g, _ in wanted}]
-        assert [text for text in result if text in untouched] == list(dict.fromkeys(untouched))
-
-
-def test_crossover_lessons_take_over_what_won():
-    changed = 0
-    for (prompt, reply), in lessons("crossover", 300):
-        entries = listed(prompt)
-        sets = {x: {i: v for i, v in entries.items() if i.startswith(x)} for x in "ABC"}
-        say = {x: lambda g, s=s: next((n for glyph, n in s.values() if glyph == g), None) for x, s in sets.items()}
-        wins = re.findall(r"won by set (\w)\):\n\d (\S) \d", prompt)
-        ops, dropped = espl.parse_glyphs(reply), Counter()
-        mine = {i: f"{g} {name}" for i, (g, name) in sets["A"].items()}
-        result = espl.apply_operations(mine, ops, ("add", "modify", "remove"), [], espl.Config(), dropped)
-        assert not dropped["unknown id"]
-        for g in {g for _, g in wins}:
-            theirs = {say[x](g) for x, glyph in wins if glyph == g and x != "A"} - {None}
-            now = next((text.split()[1] for text in result if text[0] == g), None)
-            assert now in theirs if theirs else now == say["A"](g)
-            changed += now != say["A"](g)
-    assert changed > 100
-
-
-def test_packed_examples_do_not_see_each_other(glyph_model, monkeypatch):
-    monkeypatch.setattr(espl, "PRETRAIN_ROWS", 4)
-    cfg = espl.read_model_config(str(glyph_model))
-    model = espl.Transformer(dataclasses.replace(cfg, layer_window=(espl.PRETRAIN_LENGTH,) * 2), nnx.Rngs(0))
-    token, position, learned = np.moveaxis(espl.Lesson(0, GLYPH_TEXTS).batch(0.5), 2, 0)
-    together, compared = np.asarray(model(token, position)[0]), 0
-    for row in range(len(token)):
-        starts = np.flatnonzero((position[row] % (2 * espl.PRETRAIN_LENGTH) == 0) & (position[row] < espl.PAD_POSITION))
-        for start in starts:
-            span = slice(start, start + int((position[row] // (2 * espl.PRETRAIN_LENGTH) ==
-                                             position[row, start] // (2 * espl.PRETRAIN_LENGTH)).sum()))
-            n = span.stop - span.start
-            alone = np.asarray(model(token[row: row + 1, span], np.arange(n)[None])[0])[0]
-            np.testing.assert_allclose(together[row, span], alone, atol=2e-4)
-            ids = token[row, span].tolist()
-            assert learned[row, span][-1] and ids[-1] == espl.WORD_IDS["<end>"]
-            compared += 1
-    assert compared > 4 and position.max() == espl.PAD_POSITION
-    ends, marks = (np.flatnonzero(token[0] == espl.WORD_IDS[w]) for w in ("<end>", "|"))
-    replies = {i for m, e in zip(marks, ends) for i in range(m + 1, e + 1) if position[0, i] < espl.PAD_POSITION}
-    assert set(np.flatnonzero(learned[0])) == replies
-
-
-def test_the_directory_is_hugging_faces(glyph_model, torch):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    reference = AutoModelForCausalLM.from_pretrained(glyph_model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(glyph_model)
-    ids = tokenizer("[G0] @ max [G1] # plus 7 @ 4 # 2 |", return_tensors="pt").input_ids
-    assert ids.shape == (1, 12) and reference.num_parameters() == sum(x.size for x in load_file(
-        glyph_model / "model.safetensors").values())
-    with torch.no_grad():
-        expected = reference(ids).logits.numpy()
-    policy = espl.load_policy(str(glyph_model), espl.read_model_config(str(glyph_model)), make_mesh())
-    model = nnx.merge(policy.graphdef, policy.theta, policy.frozen)
-    ours = np.asarray(model.logits(model(ids.numpy(), np.arange(12)[None])[0]))
-    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
-
-
-def test_pretraining_learns_and_its_seed_decides(glyph_model, tmp_path, monkeypatch):
-    """20 steps lower the loss on unseen lessons; the same seed gives the same weights, another seed others."""
-    def loss(directory):
-        cfg = dataclasses.replace(espl.read_model_config(str(directory)), layer_window=(espl.PRETRAIN_LENGTH,) * 2)
-        policy = espl.load_policy(str(directory), cfg, make_mesh())
-        model = nnx.merge(policy.graphdef, policy.theta, policy.frozen)
-        token, position, learned = np.moveaxis(espl.Lesson(99, GLYPH_TEXTS).batch(0.0), 2, 0)
-        each = optax.softmax_cross_entropy_with_integer_labels(
-            model.logits(model(token[:, :-1], position[:, :-1])[0]), token[:, 1:])
-        return float(jnp.sum(each * learned[:, 1:]) / learned[:, 1:].sum())
-
-    for name, seed, steps in (("same", 3, 20), ("other", 4, 20), ("start", 3, 0)):
-        monkeypatch.setattr(espl, "PRETRAIN_STEPS", steps or 20)
-        if steps:
-            espl.pretrain(tmp_path / name, seed, GLYPH_TEXTS)
-        else:
-            with monkeypatch.context() as patch:
-                patch.setattr(espl, "progress", lambda *_, **__: [])
-                espl.pretrain(tmp_path / name, seed, GLYPH_TEXTS)
-    weights = [load_file(d / "model.safetensors") for d in (glyph_model, tmp_path / "same", tmp_path / "other")]
-    assert all((weights[0][n] == weights[1][n]).all() for n in weights[0])
-    assert any((weights[0][n] != weights[2][n]).any() for n in weights[0])
-    assert loss(glyph_model) < loss(tmp_path / "start") - 2
-
-
-@pytest.mark.parametrize("scores, error, built", [
-    ([(1, 1)], "", [0]),
-    ([(0.5, 1), (1, 0.1), (1, 1)], "seed 0 failed.*lookup 0.50.*\n.*seed 1 failed.*critique 0.10", [0, 1, 2]),
-    ([(0, 0)] * 5, "seed 4 failed", [0, 1, 2, 3, 4])])
-def test_the_cache_is_gated(tmp_path, monkeypatch, capsys, scores, error, built):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    seeds, results = [], iter(scores)
-    monkeypatch.setattr(espl, "pretrain", lambda d, seed, texts: seeds.append(seed) or (d / "weights").write_text("w"))
-    monkeypatch.setattr(espl, "probe", lambda *_: dict(zip(("lookup", "critique"), next(results))))
-    monkeypatch.setattr(espl.inspect, "getsource", lambda f: f.__name__)  # of the stand-ins there is none
-    config = espl.Config(model="embedded")
-    if len(scores) == 5:
-        with pytest.raises(espl.UserError, match="embedded:SEED"):
-            espl.embedded_model(config)
-        assert not list((tmp_path / "espl").glob("*") if (tmp_path / "espl").exists() else [])
-    else:
-        directory = Path(espl.embedded_model(config))
-        assert directory.parent == tmp_path / "espl" and (directory / "weights").read_text() == "w"
-        assert json.loads((directory / "probe.json").read_text()) == {"seed": built[-1], "lookup": 1, "critique": 1}
-        assert espl.embedded_model(config) == str(directory)  # from the cache
-    said = capsys.readouterr()
-    assert seeds == built and re.search(error, said.err, re.S)
-    assert [int(seed) for seed in re.findall(r"pretraining the embedded model from seed (\d)", said.out)] == built
-
-
-def test_the_cache_is_keyed_by_all_that_shapes_the_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(espl, "pretrain", lambda d, seed, texts: None)
-    monkeypatch.setattr(espl, "probe", lambda *_: {"lookup": 1.0, "critique": 1.0})
-    monkeypatch.setattr(espl.inspect, "getsource", lambda f: sources.get(f.__name__, ""))
-    sources, prompts = {}, tmp_path / "prompts.txt"
-    first = espl.embedded_model(espl.Config(model="embedded"))
-    assert espl.embedded_model(espl.Config(model="embedded", seed=5, lora_rank=3)) == first
-    assert espl.embedded_model(espl.Config(model="embedded:0")) == first
-    others = [espl.embedded_model(espl.Config(model="embedded:1"))]
-    prompts.write_text(Path(espl.DEFAULT_PROMPTS).read_text().replace("truth {answer}\n", "truth {answer} |\n"))
-    others.append(espl.embedded_model(espl.Config(model="embedded", prompts_file=str(prompts))))
-    text = Path(espl.DEFAULT_PROMPTS).read_text().replace("Solve the", "Do the")  # of mathematics
-    prompts.write_text(text.replace("[glyphs.principles]\n", "[glyphs.principles]\n@ max\n"))  # the root prompt
-    assert espl.embedded_model(espl.Config(model="embedded", prompts_file=str(prompts))) == first
-    for name in ("Lesson", "Transformer", "attention", "crossover_slots"):
-        sources = {name: "changed"}
-        others.append(espl.embedded_model(espl.Config(model="embedded")))
-    sources = {}
-    for name, value in (("PRETRAIN_STEPS", 7), ("GATES", {}), ("WORDS", ["x"]), ("HARD", ("plus",)),
-                        ("OPERATIONS", espl.OPERATIONS | {"plus": lambda a, b: a})):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(espl, name, value)
-            others.append(espl.embedded_model(espl.Config(model="embedded")))
-    assert len({first, *others}) == 1 + len(others)
-    with pytest.raises(espl.UserError, match="embedded:SEED"):
-        espl.embedded_model(espl.Config(model="embedded:x"))
-
-
-def test_probe_measures_replies(glyph_model, monkeypatch):
-    """Of a model that answers as the lessons do, or not at all."""
-    answers, example = {}, espl.Lesson.example
-
-    def recorded(self, *args):
-        turns = example(self, *args)
-        answers[tuple(words(turns[0][0] + "|"))] = turns[0][1]
-        return turns
-
-    def speak(engine, theta, prompts, counts, *_):
-        return [[[espl.WORD_IDS[w] for w in words(answers[tuple(espl.WORDS[i] for i in p)])]] for p in prompts]
-
-    monkeypatch.setattr(espl.Lesson, "example", recorded)
-    monkeypatch.setattr(espl, "generate", lambda *a: [[espl.Response(ids, [], "eos")] for [ids] in speak(*a)])
-    assert espl.probe(espl.Config(), glyph_model, GLYPH_TEXTS) == {"lookup": 1.0, "critique": 1.0}
-    monkeypatch.setattr(espl, "generate", lambda e, t, prompts, *_: [[espl.Response([1], [], "eos")] for _ in prompts])
-    assert espl.probe(espl.Config(), glyph_model, GLYPH_TEXTS) == {"lookup": 0.0, "critique": 0.0}
-
-
-GLYPH_RUNS = [["--mode", mode] for mode in espl.MODES] + [
-    ["--selection", "softmax", "--loss", "ppo"], ["--selection", "ucb", "--loss", "cispo", "--lora-rank", "4"],
-    ["--selection", "lucb", "--loss", "reinforce", "--kl-coef", "0.1"],
-    ["--selection", "uniform", "--baseline", "marginal"]]
-
-
-@pytest.mark.parametrize("changes", GLYPH_RUNS, ids=" ".join)
-def test_glyphs_run_like_any_task(glyph_model, tmp_path, capsys, changes):
-    argv = ["--model", str(glyph_model), "--task", "glyphs", "--run-dir", str(tmp_path / "run"), "--iterations", "2",
-            "--batch-size", "4", "--p-crossover", "1", "--max-new-tokens", "12", "--reflect-tokens", "24",
-            "--reflect-problems", "1", "--train-size", "20", "--compile-cache", ""]
-    test = espl.glyph_problems
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(espl, "glyph_problems", lambda seed: (test(seed)[0], test(seed)[1][:5]))
-        assert espl.main([*argv, *changes]) == 0
-    out = capsys.readouterr().out
-    table = r"mean reward on 5 test problems +T = 1 +greedy\nbase model: iteration 0, prompt 0 +\d\.\d{3} +\d\.\d{3}\n"
-    assert re.search(table, out)
-    run = SimpleNamespace(directory=tmp_path / "run")
-    rollouts = read_lines(run, "rollouts.jsonl")
-    assert Counter(r["split"] for r in rollouts) == {"train": 120, "val": 16, "test": 20, "test_greedy": 10}
-    greedy = [m["test_greedy"] for m in read_lines(run, "metrics.jsonl") if "test" in m]
-    assert greedy == [np.mean([r["reward"] for r in rollouts if r["split"] == "test_greedy" and r["iteration"] == i])
-                      for i in (0, 2)]
-
-
-def test_greedy_evaluation_is_greedy(glyph_model, tmp_path):
-    """The greedy responses do not depend on the seed, those at T = 1 do."""
-    runs = []
-    for seed in (0, 1):
-        argv = ["--model", str(glyph_model), "--seed", str(seed), "--run-dir", str(tmp_path / str(seed))]
-        run = espl.start_run(espl.parse_args(argv))
-        run.task.test = espl.glyph_problems(0)[1][:6]
-        espl.evaluate(run, 0)
-        lines = read_lines(run, "rollouts.jsonl")
-        runs.append({split: [r["response"] for r in lines if r["split"] == split] for split in ("test", "test_greedy")})
-    assert runs[0]["test_greedy"] == runs[1]["test_greedy"] and runs[0]["test"] != runs[1]["test"]
-
-
-def test_glyphs_is_the_default_task_and_has_its_own_defaults():
-    config, aime = espl.parse_args([]), espl.parse_args(["--task", "aime"])
-    assert config == espl.parse_args(["--task", "glyphs"]) and config.task == "glyphs" and config.model == "embedded"
-    assert all(getattr(config, name) == value for name, value in espl.TASK_DEFAULTS["glyphs"].items())
-    own = set(espl.TASK_DEFAULTS["glyphs"]) | {"task"}
-    assert {f.name for f in dataclasses.fields(aime) if getattr(aime, f.name) != getattr(config, f.name)} == own
-    assert espl.parse_args(["--lora-rank", "8", "--temperature", "0.7"]).lora_rank == 8
-    assert espl.parse_args(["--train-file", "a", "--test-file", "b"]).task == ""
-
-
-def test_reflect_problems_limits_reflection(math_task):
-    groups = [group(f"q{i}", [1, 0]) for i in range(5)]
-    for limit, expected in ((0, 5), (2, 2), (9, 5)):
-        ask = Reflector(summarize=["done"] * 99, critique=["[]"] * 9)
-        config = espl.Config(reflect_problems=limit)
-        espl.mutate(espl.SystemPrompt(0, ["a"]), groups, ask, math_task, config, evolution_log())
-        assert len(ask.requests("critique")) == expected
-
-
-def test_lineage_in_words():
-    make = [("root", []), ("mutation", [0]), ("crossover", [1, 0]), *(("mutation", [i]) for i in range(2, 9))]
-    prompts = [espl.SystemPrompt(i, [], operation=op, parents=p, iteration=i) for i, (op, p) in enumerate(make)]
-    population = espl.Population(prompts, 200)
-    assert espl.lineage(population, prompts[0]) == "0, the root"
-    assert espl.lineage(population, prompts[2]) == (
-        "2 by crossover of 1 and 0 (iteration 2) <- 1 by mutation of 0 (iteration 1) <- 0, the root")
-    long = espl.lineage(population, prompts[9])
-    assert long.startswith("9 by mutation of 8 (iteration 9) <- ") and "… 3 generations more …" in long
-    assert long.endswith("<- 0, the root") and long.count(" by ") == 6
-
-
-# ======================================================================================================================
-# README.md: its patches do what it says, its tables are those of the results
-# ======================================================================================================================
-
-ROOT = Path(espl.__file__).parent
-
-
-@pytest.fixture
-def fork(tmp_path):
-    """fork(words): espl.py with the README's patch that has these words in it, as a module."""
-    def make(words):
-        [patch] = [p for p in re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if words in p]
-        for name in ("espl.py", "prompts_seed.txt"):
-            shutil.copy(ROOT / name, tmp_path)
-        subprocess.run(["git", "apply"], input=patch, text=True, cwd=tmp_path, check=True)
-        spec = importlib.util.spec_from_file_location("espl_fork", tmp_path / "espl.py")
-        sys.modules["espl_fork"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    yield make
-    del sys.modules["espl_fork"]
-
-
-def test_fork_with_a_task(fork, tmp_path):
-    forked = fork("grade_words")
-    files = [write_jsonl(tmp_path / name, [{"question": f"{name} {i}?", "answer": "Red fox"} for i in range(9)])
-             for name in ("train", "test")]
-    task = forked.load_task(forked.parse_args(["--task", "words", "--train-file", files[0], "--test-file", files[1]]))
-    assert task.name == "words" and forked.system_text(task, []) == "Answer in one sentence."
-    graded = task.grade([(task.test[0], text) for text in ("A red fox, no less", "the red FOX", "")])
-    assert graded == [(0.5, "wrong"), (1.0, "correct"), (0.0, "wrong")]
-
-
-def test_fork_with_a_tool(fork, corpus, tmp_path, make_chat):
-    forked = fork("weekday")
-    train, test = (write_jsonl(tmp_path / n, [{"question": f"{n} {i}?", "answer": "x"} for i in "ab"]) for n in "xy")
-    task = forked.load_task(forked.parse_args(["--corpus-file", corpus, "--train-file", train, "--test-file", test]))
-    call = '<tool_call>{"name": "weekday", "arguments": {"date": "1969-07-20"}}</tool_call>'
-    assert forked.call_tool(task.tools, call) == "Sunday"
-    assert forked.call_tool(task.tools, call.replace("20", "32")).startswith("Error: ")
-    chat = make_chat(CHATML)
-    told = chat.tokenizer.decode(forked.rollout_ids(task, forked.Chat(chat.tokenizer), [], task.test[0]))
-    assert "The date, as 1969-07-20." in told and "query_list" in told
-
-
-def test_fork_with_an_operator(fork, monkeypatch):
-    forked = fork("forget")
-    monkeypatch.setattr(forked, "make_ask", lambda run, iteration: lambda request, slots: [""] * len(slots))
-    parent = forked.SystemPrompt(0, ["a", "b", "c"], sigma=1.0)
-    run = SimpleNamespace(config=forked.Config(), population=forked.Population([parent], 200), seconds=Counter(),
-                          task=SimpleNamespace(parse=lambda reply: None))
-    group = forked.Group(forked.Problem("x", "x", ("1",)), ["", ""], [0.0, 1.0])
-    logs = [forked.evolve(run, [parent], [[group]], [0.5], i, np.random.default_rng(i)) for i in range(30)]
-    children = run.population.prompts[1:]
-    assert {tuple(s.principles) for s in children} == {("a", "b"), ("a", "c"), ("b", "c")} and len(children) == 3
-    assert {(s.operation, *s.parents, s.sigma) for s in children} == {("forget", 0, math.sqrt(2))}
-    assert 0 < sum("forget" in log for log in logs) < 20
-
-
-def test_fork_with_a_loss(fork):
-    forked = fork("tis")
-    assert forked.parse_args(["--task", "glyphs", "--loss", "tis"]).loss == "tis"
-    logp, behaviour, advantage = jnp.array([[-1.0, -2, -1]]), jnp.array([[-1.5, -1, -3]]), jnp.array([[1.0], [-2]])
-    slope = jax.grad(lambda x: forked.surrogate(x, behaviour, advantage, forked.Objective("tis"))[0].sum())(logp)
-    np.testing.assert_allclose(slope, [[-math.exp(0.5), -math.exp(-1), -2]], rtol=1e-6)  # times 1 - 2, the advantages
-
-
-def test_fork_with_a_model_family(fork, hf_model, monkeypatch):
-    directory, _, expected = hf_model("mistral")
-    with pytest.raises(espl.UserError, match="mistral"):
-        load(directory)
-    forked = fork("mistral")
-    monkeypatch.setitem(globals(), "espl", forked)
-    assert_close(logits(load(directory)), expected, 1e-4)
-
-
-@pytest.fixture
-def lab():
-    spec = importlib.util.spec_from_file_location("lab", ROOT / "tools" / "lab.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
-
-
-def test_the_laboratorys_statistics(lab):
-    rng = np.random.default_rng(0)
-    b, d = rng.normal(size=40), rng.normal(0.3, 0.1, 40)
-    mean, low, high = map(float, re.fullmatch(r"(\S+) \| (\S+) to (\S+)", lab.difference(b + d, b)).groups())
-    assert mean == pytest.approx(d.mean(), abs=1e-3)  # of many values: the mean and 1.96 standard errors
-    assert [low, high] == pytest.approx(d.mean() + np.array([-1.96, 1.96]) * 0.1 / 40**0.5, abs=0.01)
-    curve = [dict(iteration=i, test=i / 100, test_greedy=0.5, val=v) for i, v in
-             zip(range(0, 70, 10), (0.1, 0.5, 0.9, 0.2, 0.9, 0.1, 0.3))]
-    assert {name: lab.read([curve, curve], name) for name in lab.READINGS} == {
-        "final": [0.6] * 2, "final, greedy": [0.5] * 2, "mean of last 5": pytest.approx([0.4] * 2),
-        "picked by validation": [0.2] * 2}
-    assert lab.settings("a_b=1,2 c=x,y") == {"a_b=1 c=x": ["--a-b", "1", "--c", "x"],
-                                             "a_b=2 c=y": ["--a-b", "2", "--c", "y"]}
-    assert [lab.seed_list(s) for s in ("3", "100-102", "7,9")] == [[0, 1, 2], [100, 101, 102], [7, 9]]
-    for bad in ("0", "x", "3-1", "1,", "-2"):
-        with pytest.raises(espl.UserError, match="--seeds"):
-            lab.seed_list(bad)
-
-
-def test_readme_tables_are_those_of_the_results(lab):
-    text, results = (ROOT / "README.md").read_text(), json.loads((ROOT / "docs" / "results.json").read_text())
-    assert lab.readme(text, results) == text and text.count("<!-- end -->") == 4
-    results["compare"]["curves"]["rl"][0][-1]["test"] += 0.5
-    assert lab.readme(text, results) != text

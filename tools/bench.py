@@ -74,7 +74,7 @@ def limits(cfg, rows: int) -> tuple[float, float, float]:
     return 2 * n**3 / large, 2 * rows * many[0].size * 16 / small, block.nbytes / reading
 
 
-def load(args) -> tuple[espl.Engine, Path]:
+def load(args) -> tuple[espl.Policy, Path]:
     """The model on all devices, ready to sample, and its directory (a temporary one for a named shape)."""
     mesh = espl.make_mesh(1)
     directory = Path(args.model)
@@ -90,8 +90,9 @@ def load(args) -> tuple[espl.Engine, Path]:
     else:
         policy = espl.make_policy(espl.Transformer(cfg, nnx.Rngs(0)), mesh)
     eos = tuple(range(4, 5 + cfg.vocab_size // 128))
-    rows = args.max_rows or (64 if jax.default_backend() == "cpu" else 512)
-    return espl.Engine(policy, eos, cfg.max_context, rows, espl.cache_tokens(policy)), directory
+    policy.eos_ids, policy.context, policy.cache_tokens = eos, cfg.max_context, espl.cache_tokens(policy)
+    policy.max_rows = args.max_rows or (64 if jax.default_backend() == "cpu" else 512)
+    return policy, directory
 
 
 def make_samples(args, vocabulary: int) -> list:
@@ -102,14 +103,14 @@ def make_samples(args, vocabulary: int) -> list:
             for _ in range(args.samples)]
 
 
-def bench_espl(args, engine, prompts: list[list[int]]) -> dict[str, tuple[float, str, float | None]]:
+def bench_espl(args, policy, prompts: list[list[int]]) -> dict[str, tuple[float, str, float | None]]:
     """{name: (value, unit, share of the limit)}"""
-    policy, cfg, rows = engine.policy, engine.policy.cfg, args.prompts * args.samples
+    cfg, rows = policy.cfg, args.prompts * args.samples
     table = cfg.vocab_size * cfg.model_dim  # looking tokens up costs nothing, so an untied embedding does not count
     weights = sum(w.size for w in jax.tree.leaves((policy.frozen, policy.theta))) - (0 if cfg.tied else table)
     per_token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
     large, small, bandwidth = limits(cfg, rows)
-    sample = lambda n, seed=0: espl.generate(engine, policy.theta, prompts, [args.samples] * len(prompts),
+    sample = lambda n, seed=0: espl.generate(policy, policy.theta, prompts, [args.samples] * len(prompts),
                                              espl.Sampling(1.0, args.top_p, n, (0, seed)))
     n = max(map(len, prompts))
     ids = np.random.default_rng(2).integers(4, cfg.vocab_size, (1, espl.bucket(n))).astype(np.int32)
@@ -192,9 +193,9 @@ def bench_hf(args, directory: Path, prompts: list[list[int]]) -> dict[str, tuple
     return result | {"update": (len(samples) / training, "sequences/s", None)}
 
 
-def print_scaling(engine) -> None:
+def print_scaling(policy) -> None:
     """Decode and prefill rates against rows and lengths, and a cost model fitted to the decode steps."""
-    policy, cfg, found = engine.policy, engine.policy.cfg, {}
+    cfg, found = policy.cfg, {}
     layers = espl.unstack(policy.graphdef, policy.theta, policy.frozen)
     rows_, lengths = (1, 8, 32, 64), (128, 512, 2048)
     for rows, length in ((r, n) for r in rows_ for n in lengths):
@@ -276,7 +277,7 @@ def print_memory(lora_rank: int, vocabulary: int = 131072) -> None:
         layer_rope=(0, 0), layer_window=(espl.PAD_POSITION,) * 2, lora_rank=lora_rank)
     shapes = nnx.eval_shape(lambda: espl.Transformer(cfg, nnx.Rngs(0)))
     graphdef, theta, frozen = nnx.split(shapes, nnx.LoRAParam if lora_rank else nnx.Param, ...)
-    [batch] = espl.microbatches([espl.Sample([1, 2], [3] * 256, [0.0] * 256, 1.0)] * 8, 8 * 264, 1)
+    [batch] = espl.microbatches([espl.Sample([1, 2], [3] * 256, [0.0] * 256, 1.0)] * 8, 8 * (256 + 64), 1)
     used = []
     for espl.token_logprobs in (espl.token_logprobs, materialised):
         jax.clear_caches()
@@ -330,17 +331,17 @@ def main() -> int:
     built = count_programs()
     with tempfile.TemporaryDirectory() as args.scratch:
         try:
-            engine, directory = load(args)
+            policy, directory = load(args)
         except espl.UserError as e:
             print(f"bench: error: {e}", file=sys.stderr)
             return 2
         if args.scaling:
-            print_scaling(engine)
+            print_scaling(policy)
             return 0
-        vocabulary, rng = engine.policy.cfg.vocab_size, np.random.default_rng(0)
+        vocabulary, rng = policy.cfg.vocab_size, np.random.default_rng(0)
         lengths = rng.integers(args.prompt_tokens // 2, args.prompt_tokens * 3 // 2 + 1, args.prompts)
         prompts = [rng.integers(4, vocabulary, n).tolist() for n in lengths]
-        ours = bench_espl(args, engine, prompts)
+        ours = bench_espl(args, policy, prompts)
         memory = jax.local_devices()[0].memory_stats() or {}
         peak = memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
         theirs = bench_hf(args, directory, prompts) if args.vs else {}

@@ -6,13 +6,13 @@
     python tools/lab.py vary num_prompts=1,5 num_rollouts=15,3       # of several flags that change together
     python tools/lab.py ablations                          # all of ABLATIONS, half an hour
     python tools/lab.py ratings                            # does TrueSkill's mu predict the score on the test set?
-    python tools/lab.py readme                             # writes README.md's tables from docs/results.json
+    python tools/lab.py readme                             # tables in README.md and docs/, from docs/results.json
 
 Flags of espl.py, given last, reach every run: --iterations 30 --lora-rank 8, or --task aime instead of the embedded
-world. Runs are made one after the other in this process, so that programs are compiled once, in folders of --out; runs
-that are finished there are not repeated. What was measured is printed as Markdown tables and added to --results. A cell
-is the mean and standard deviation over the seeds. Differences are paired (same seed, so the same world), their
-intervals are 95 % bootstrap intervals over the seeds.
+world (tasks/glyphs.py). Runs are made one after the other in this process, so that programs are compiled once, in
+folders of --out; runs that are finished there are not repeated. What was measured is printed as Markdown tables and
+added to --results. A cell is the mean and standard deviation over the seeds. Differences are paired (same seed, so the
+same world), their intervals are 95 % bootstrap intervals over the seeds.
 """
 
 import argparse
@@ -47,11 +47,10 @@ READINGS = {"final": ("final", "test"), "final, greedy": ("final", "test_greedy"
 
 def perfect_prompts(seed: int, directory: Path) -> str:
     """Path of a prompts file whose root prompt says what every glyph means in the world of this seed."""
-    meaning = espl.draw_meaning(random.Random(f"glyphs/{seed}"))
-    text = Path(espl.DEFAULT_PROMPTS).read_text(encoding="utf-8")
+    meaning = espl.task_file("glyphs")["draw_meaning"](random.Random(f"glyphs/{seed}"))  # as its `problems` does
     known = "\n".join(f"{glyph} {name}" for glyph, name in meaning.items())
     path = directory / f"perfect-{seed}.txt"
-    path.write_text(text.replace("[glyphs.principles]\n", f"[glyphs.principles]\n{known}\n"), encoding="utf-8")
+    path.write_text(f"[glyphs.principles]\n{known}\n", encoding="utf-8")  # all else stays as the task has it
     return str(path)
 
 
@@ -69,7 +68,8 @@ def finished_run(config: espl.Config) -> dict:
     if path.is_file() and (done := json.loads(path.read_text()))["config"] == wanted:
         return done
     shutil.rmtree(config.run_dir, ignore_errors=True)
-    jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
     run = espl.start_run(config)
     espl.train(run)
     keep = ("iteration", "prompt", "val", "test", "test_greedy")
@@ -190,8 +190,13 @@ TABLES = {  # name: (section of the results, what makes its Markdown)
     "ratings": ("ratings", ratings_tables), "report": ("compare", lambda section: f"```\n{section['report']}\n```")}
 
 
+def pages() -> list[Path]:
+    """README.md and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def readme(text: str, results: dict) -> str:
-    """README.md with what stands between <!-- NAME --> and <!-- end -->, names as in TABLES, made from the results."""
+    """A page with what stands between <!-- NAME --> and <!-- end -->, names as in TABLES, made from the results."""
     def block(match):
         section, make = TABLES[match[2]]
         return f"{match[1]}\n{make(results[section])}\n{match[3]}"
@@ -264,8 +269,10 @@ def main() -> int:
     try:
         if args.command == "readme":
             results = json.loads((args.results or ROOT / "docs/results.json").read_text(encoding="utf-8"))
-            text = (ROOT / "README.md").read_text(encoding="utf-8")
-            espl.write_whole(ROOT / "README.md", readme(text, results))
+            for page in pages():
+                text = page.read_text(encoding="utf-8")
+                if (new := readme(text, results)) != text:
+                    espl.write_whole(page, new)
             return 0
         section = run_all(args, extra)
         path = args.results or args.out / "results.json"
