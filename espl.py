@@ -710,7 +710,7 @@ class Trainer:
 
 
 def rl_update(trainer: Trainer, samples: list[Sample], num_rollouts: int) -> dict:
-    """One policy-gradient step on all samples (Alg. 1, line 9); changes trainer and returns metrics.
+    """One policy-gradient step on samples of the current weights (Alg. 1, line 9); changes trainer, returns metrics.
 
     num_rollouts is N M B, counting rollouts whose zero advantage kept them out of `samples`. No sample, no step.
     """
@@ -1226,7 +1226,7 @@ class ModelConfig:
 class Linear(nnx.Module):
     """y = x W + b + (alpha / R) (x A) B; A, B is the LoRA adapter, present when lora_rank > 0, and B starts at zero."""
 
-    lora_a = lora_b = None  # without an adapter, and once it is merged
+    lora_a = None
 
     def __init__(self, cfg: ModelConfig, name: str, d_in: int, d_out: int, rngs: nnx.Rngs):
         # Trained weights are kept in float32 (Adam's steps of 4e-5 vanish in bf16); frozen ones in cfg.dtype.
@@ -1246,12 +1246,6 @@ class Linear(nnx.Module):
         if self.lora_a is not None:
             y = y + matmul(matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype)) * self.scale
         return checkpoint_name(y, "linear")
-
-    def merge(self):
-        """Add the adapter into the kernel."""
-        if self.lora_a is not None:
-            self.kernel[...] += self.lora_a[...] @ self.lora_b[...] * self.scale
-            del self.lora_a, self.lora_b
 
 
 @jax.custom_vjp
@@ -1366,13 +1360,9 @@ class Transformer(nnx.Module):
         self.layers = stack(rngs)
 
     def unstacked(self) -> list[Block]:
-        """The layers one by one, for calls with a cache; in float32 with the adapter added into the weights."""
+        """The layers one by one, for calls with a cache."""
         graphdef, weights = nnx.split(self.layers)
-        blocks = [nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights)) for i in range(self.cfg.num_layers)]
-        for linear in (x for block in blocks for x in vars(block).values() if isinstance(x, Linear)):
-            if self.cfg.dtype == "float32":  # bfloat16 would round a small adapter away
-                linear.merge()
-        return blocks
+        return [nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights)) for i in range(self.cfg.num_layers)]
 
     def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, remat=""):
         """Final hidden states [B, T, D], and these tokens' keys and values.
@@ -1467,8 +1457,9 @@ def weight_sharding(path: str, shape, mesh) -> jax.sharding.NamedSharding:
 
 def find_model(name: str) -> str:
     """Local directory of a model, downloaded from the Hugging Face hub if it is not one already."""
-    if Path(name).is_dir():
-        return name
+    for path in (Path(name), Path(__file__).parent / name):
+        if path.is_dir():
+            return str(path)
     if name.startswith((".", "/", "~")):
         raise UserError(f"--model {name}: no such directory")
     with explained(f"cannot get {name} from the Hugging Face hub", "check name and network, run 'hf auth login' if the "
@@ -1699,7 +1690,7 @@ class Task:
 
 def load_file(path: Path) -> dict[str, Any]:
     """What a Python file defines."""
-    spec = importlib.util.spec_from_file_location(f"espl_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"espl_{path.parent.name}_{path.stem}", path)
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return vars(module)

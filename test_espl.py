@@ -11,9 +11,12 @@ import random
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import ast
 import contextlib
 import copy
 import dataclasses
+import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -545,15 +548,13 @@ def test_idle_rows_are_given_up_when_few_are_left(policy, monkeypatch):
     assert len(together[-1][0].tokens) == CONTEXT - 3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # in float32 it is added into the weights for sampling
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sampling_uses_the_adapter(dtype):
     policy = tiny_policy(4, noise=0.2, dtype=dtype)
     for prompt, (r,) in zip(RAGGED, generate(policy, RAGGED, [1] * 6, espl.Sampling(0.8, 1.0, 30))):
         assert abs(r.logprobs - response_logprobs(policy, prompt, r.tokens, 0.8)).max() < (
             1e-4 if dtype == "float32" else 0.2)
         assert abs(r.logprobs - response_logprobs(policy, prompt, r.tokens, 0.8, theta=policy.theta_ref)).max() > 0.3
-    blocks = espl.unstack(policy.graphdef, policy.theta, policy.frozen)
-    assert [b.up_proj.lora_a is None for b in blocks] == [dtype == "float32"] * 2  # bfloat16 would round it away
 
 
 @pytest.mark.parametrize("needed, most, multiple, rows", [
@@ -2799,3 +2800,678 @@ def test_evolution_with_a_tool(caller, tmp_path):
     assert {r["outcome"] for r in shown if r["calls"] == 1} >= {"wrong"}  # what a tool says is no answer of the model
 
 
+# ======================================================================================================================
+# The embedded world: its task file, its lessons, its model, shipped and made anew
+# ======================================================================================================================
+
+ROOT = Path(espl.__file__).parent
+
+
+def load_tool(name):
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+glyphs, pretraining = SimpleNamespace(**espl.task_file("glyphs")), load_tool("pretrain_glyphs")
+GLYPH_TEXTS = espl.read_prompts(espl.DEFAULT_PROMPTS, "glyphs", glyphs.PROMPTS)
+SHIPPED = ROOT / "tasks" / "glyphs_model"
+MEANS = {  # written out, independently of the program
+    "plus": lambda a, b: int(str(a + b)[-1]), "minus": lambda a, b: a - b if a >= b else a - b + 10,
+    "times": lambda a, b: int(str(a * b)[-1]), "diff": lambda a, b: max(a, b) - min(a, b),
+    "max": lambda a, b: a if a > b else b, "min": lambda a, b: b if a > b else a,
+    "left": lambda a, b: a, "right": lambda a, b: b}
+SKILLS = ("solve", "arithmetic", "recall", "infer", "summarize", "critique", "aggregate", "crossover")
+
+
+@pytest.fixture(scope="module")
+def glyph_model(tmp_path_factory):
+    """Directory of an embedded model after 20 steps: everything but its skill."""
+    directory = tmp_path_factory.mktemp("glyphs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "PRETRAIN_STEPS", 20)
+        pretraining.pretrain(directory, 3, pretraining.requests())
+    return directory
+
+
+@pytest.fixture(params=["made anew", "shipped"])
+def either_model(request, glyph_model):
+    """What is written today and what is in the repository are alike in all but the weights."""
+    return SHIPPED if request.param == "shipped" else glyph_model
+
+
+def lessons(skill, n, progress=0.5, seed=0):
+    lesson = pretraining.Lesson(seed, GLYPH_TEXTS)
+    return [lesson.example(progress, skill) for _ in range(n)]
+
+
+def words(text):
+    return re.findall(pretraining.WORD, text)
+
+
+def listed(prompt):
+    """{id: (glyph, operation)} of the principles in a prompt."""
+    return {i: (g, name) for i, g, name in re.findall(r"^\[([A-Z.]*\d+)\] (\S) (\w+)$", prompt, re.M)}
+
+
+def test_glyph_problems_have_right_answers():
+    problems = lambda seed: glyphs.problems(SimpleNamespace(seed=seed))
+    train, test = problems(5)
+    assert len({p["problem"] for p in train}) == len(train) == 1200 and len(test) == 128
+    results = defaultdict(dict)
+    for p in train:
+        a, g, b = p["problem"].split()
+        results[g][int(a), int(b)] = int(p["answer"])
+    tables = {name: {(a, b): f(a, b) for a in range(10) for b in range(10)} for name, f in MEANS.items()}
+    meaning = {g: next(name for name, table in tables.items() if table == found) for g, found in results.items()}
+    assert set(meaning.values()) == set(MEANS) and max(Counter(meaning.values()).values()) <= 2
+    for p in test:
+        a, g, b, h, c = p["problem"].split()
+        assert p["answer"] == str(MEANS[meaning[h]](MEANS[meaning[g]](int(a), int(b)), int(c)))
+    assert problems(5) == (train, test) and problems(6)[1] != test
+    assert not any(set(table.values()) == {0} for table in tables.values())  # "0" is no principle's constant answer
+
+
+@pytest.mark.parametrize("text, reward", [
+    ("@ max 7 4 = 7", 1), ("@ max 7 4 = 3 ; # plus 3 4 = 7", 1), ("@ max 7 4 = 4", 0), ("7", 0), ("= 7 ;", 0), ("", 0),
+    ("@ max 7 4 = ", 0), ("@ max 7 4 = 7\n", 1)])
+def test_reward_of_glyphs(text, reward):
+    task = espl.Task("glyphs", [], [], [], GLYPH_TEXTS, glyphs.reward)
+    record = {"problem": "7 @ 4", "answer": "7"}
+    graded = espl.grade(task, [(espl.to_problem(record, ""), text)])
+    assert graded == [(float(reward), "correct" if reward else "wrong")]
+
+
+@pytest.mark.parametrize("reply, expected", [
+    ("7 % 4 truth 3 infer max 7 4 is 7 truth 3 ; minus 7 4 is 3 truth 3 so % none add % minus",
+     [("add", "% minus", "", [])]),
+    ("7 % 4 truth 3 infer minus 7 4 is 3 truth 3 so % [G3] % max modify [G3] % minus",
+     [("modify", "% minus", "G3", ["G3"])]),
+    ("… so keep", []), ("[C0] % max [C0] % max keep ; [C1] # left [G2] # right merge [G2] [C1] # left",
+                        [("merge", "# left", "G2", ["G2", "C1"])]),
+    ("B % max [A.G1] % left modify [A.G1] % max ; C ! left none add ! left",
+     [("modify", "% max", "A.G1", ["A.G1"]), ("add", "! left", "", [])]),
+    ("", None), ("% [G3] % max", None), ("keep going", None), ("modify [G3]", [("modify", "", "G3", ["G3"])]),
+    ("so add %", None)])
+def test_parse_of_glyphs(reply, expected):
+    found = glyphs.parse(reply)
+    keys = ("operation", "principle", "modified_from", "merged_from")
+    assert found == (None if expected is None else [dict(zip(keys, op)) for op in expected])
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_the_tokenizer_reads_what_pretraining_wrote(either_model, skill):
+    """Requests reach the model as in pretraining, here through chat template and tokenizer."""
+    from transformers import AutoTokenizer
+    chat = espl.Chat(AutoTokenizer.from_pretrained(either_model))
+    for turns in lessons(skill, 30):
+        for prompt, reply in turns:
+            assert chat.ids("", prompt) == [pretraining.WORD_IDS[w] for w in words(prompt + "\n|")]
+            ids = chat.tokenizer(reply).input_ids
+            assert ids == [pretraining.WORD_IDS[w] for w in words(reply)]
+            assert chat.text(ids) == " ".join(words(reply))
+    assert chat.ids("[G0] @ max", "7 @ 4") == [pretraining.WORD_IDS[w] for w in "[G0] @ max 7 @ 4 |".split()]
+    task = espl.Task("glyphs", [], [], [], GLYPH_TEXTS)
+    assert chat.text(chat.ids(espl.system_text(task, ["@ max", "# plus"]), "7 @ 4")) == "[G0] @ max [G1] # plus 7 @ 4 |"
+    assert chat.text(chat.ids(espl.system_text(task, []), "7 @ 4")) == "7 @ 4 |"
+
+
+def test_the_language_of_requests():
+    """What the model sees of the loop's wording: no numbers of attempts and problems, of other sets only the letter."""
+    slots = espl.critique_slots(espl.Problem("", "7 @ 4", ("3",)), {"G0": "@ max"}, [("correct", "@ max")] * 12, 1)
+    text = " ".join(words(espl.fill(GLYPH_TEXTS["critique"], slots)))
+    assert text == "[G0] @ max 7 @ 4 truth 3" + " correct @ max" * 12 + " critique"
+    slots = espl.crossover_slots({"A": ["@ max"], "B": ["# left", "@ min"]}, [("A", 3, espl.Problem("", "7 @ 4", ())),
+                                                                            ("B", 10, espl.Problem("", "1 # 2", ()))])
+    text = " ".join(words(espl.fill(GLYPH_TEXTS["crossover"], slots)))
+    assert text == "[A.G0] @ max B # left B @ min A 7 @ 4 B 1 # 2 crossover"
+    proposals = [{"operation": "add", "principle": "# left"},
+                 {"operation": "modify", "principle": "@ min", "modified_from": "G0"}]
+    _, slots = espl.aggregate_slots({"G0": "@ max"}, proposals)
+    text = " ".join(words(espl.fill(GLYPH_TEXTS["aggregate"], slots)))
+    assert text == "[G0] @ max [C0] # left [G0] -> @ min aggregate"
+
+
+def test_the_longest_requests_fit():
+    """Full lists, fifteen attempts, three sets: nothing of a request is ever cut."""
+    config, problem = espl.parse_args([]), espl.Problem("", "7 @ 4", ("3",))
+    policy, chat = espl.load_model(config)
+    principles = ["@ max"] * config.max_principles
+    ids, many = espl.numbered(principles), config.num_prompts * config.num_rollouts
+    proposals = [{"operation": "modify", "modified_from": "G0", "principle": "@ min"}] * config.reflect_problems
+    wins = [("B", b, problem) for b in range(config.batch_size)]
+    requests = {"critique": espl.critique_slots(problem, ids, [("correct", "@ max")] * many, 1),
+                "aggregate": espl.aggregate_slots(ids, proposals)[1],
+                "crossover": espl.crossover_slots(dict.fromkeys("ABC", principles), wins)}
+    for name, slots in requests.items():
+        whole = chat.ids("", espl.fill(GLYPH_TEXTS[name], slots))
+        assert espl.fit_request(chat, GLYPH_TEXTS[name], slots, policy.context - config.reflect_tokens) == whole
+
+
+def test_solving_follows_the_principles():
+    """Without habits: the list's operation wherever there is one (any of several), else a guess; results are right."""
+    guessed = Counter()
+    for turns in lessons("solve", 300):
+        known = defaultdict(set)
+        for g, name in listed(turns[0][0]).values():
+            known[g].add(name)
+        for prompt, reply in turns:
+            a, *rest = prompt.split("\n")[-1].split()
+            for step, g, b in zip(reply.split(" ; "), rest[::2], rest[1::2]):
+                glyph, name, x, y, _, result = step.split()
+                assert (glyph, x, y) == (g, a, b) and int(result) == MEANS[name](int(a), int(b))
+                assert name in known[g] or not known[g]
+                guessed[name] += not known[g]
+                a = result
+    assert set(guessed) == set(MEANS) and max(guessed.values()) < 2 * min(guessed.values())
+
+
+def test_bad_habits():
+    lesson, n = pretraining.Lesson(0, GLYPH_TEXTS), 4000
+    for name in MEANS:
+        results = [lesson.carry_out(name, 7, 4, 1.0) for _ in range(n)]
+        right = results.count(MEANS[name](7, 4)) / n
+        assert abs(right - (0.3 if name in ("plus", "minus", "times", "diff") else 0.91)) < 0.03
+        assert name not in pretraining.HARD or set(results) == {0, MEANS[name](7, 4)}
+        assert {lesson.carry_out(name, 7, 4, 0.0) for _ in range(50)} == {MEANS[name](7, 4)}
+    zeros = {f: np.mean([reply.endswith(" = 0") for (_, reply), in lessons("arithmetic", 400, f)]) for f in (0.8, 0.9)}
+    assert zeros[0.8] < 0.25 and zeros[0.9] > 0.35
+
+
+def edited(principles, reply, kinds):
+    """The list after the operations of a reply, and what was dropped of them."""
+    dropped = Counter()
+    return espl.apply_operations(principles, glyphs.parse(reply), kinds, [], espl.Config(), dropped), dropped
+
+
+def test_critique_lessons_judge_by_the_truth():
+    """After the reply the list explains the problem; a principle that did is kept; successes are tried first."""
+    seen = Counter()
+    for (prompt, reply), in lessons("critique", 400):
+        a, g, b, truth = re.search(r"^(\d) (\S) (\d) truth (\d)$", prompt, re.M).groups()
+        right = {name for name, f in MEANS.items() if f(int(a), int(b)) == int(truth)}
+        principles = {i: f"{glyph} {name}" for i, (glyph, name) in listed(prompt).items()}
+        first = next((name for glyph, name in listed(prompt).values() if glyph == g), None)
+        result, dropped = edited(principles, reply, ("add", "modify"))
+        now, ops = next(text.split()[1] for text in result if text[0] == g), glyphs.parse(reply)
+        assert now in right and (ops == []) == (first in right) and not dropped["unknown id"]
+        for name, x, y, z in re.findall(r"(\w+) (\d) (\d) is (\d)", reply):
+            assert (x, y) == (a, b) and int(z) == MEANS[name](int(a), int(b))
+        won = Counter(re.findall(r"\(correct\):\n\S (\w+)", prompt)).most_common()
+        if first not in right and won and won[0][0] in right and (len(won) == 1 or won[0][1] > won[1][1]):
+            assert now == won[0][0]
+        seen["keep" if not ops else ops[0]["operation"]] += 1
+    assert min(seen[verb] for verb in ("keep", "add", "modify")) > 40
+
+
+def test_aggregate_lessons_leave_one_entry_a_glyph():
+    for (prompt, reply), in lessons("aggregate", 300):
+        entries = listed(prompt)
+        candidates = {i: f"{g} {name}" for i, (g, name) in entries.items()}
+        wanted = [(g, name) for i, (g, name) in entries.items() if i.startswith("C")]
+        wanted += [tuple(x) for x in re.findall(r"-> (\S) (\w+)", prompt)]
+        result, dropped = edited(candidates, reply, ("modify", "merge"))
+        before = Counter(g for i, (g, _) in entries.items() if i.startswith("G"))
+        assert not dropped["unknown id"] and not dropped["merge of fewer than two"]
+        for g in {g for g, _ in wanted}:
+            found = [text.split()[1] for text in result if text[0] == g]
+            assert found[0] in {name for glyph, name in wanted if glyph == g} and len(found) <= max(1, before[g])
+        untouched = [text for i, text in candidates.items() if text[0] not in {g for g, _ in wanted}]
+        assert [text for text in result if text in untouched] == list(dict.fromkeys(untouched))
+
+
+def test_crossover_lessons_take_over_what_won():
+    changed = 0
+    for (prompt, reply), in lessons("crossover", 300):
+        entries = listed(prompt)
+        sets = {x: {i: v for i, v in entries.items() if i.startswith(x)} for x in "ABC"}
+        say = {x: lambda g, s=s: next((n for glyph, n in s.values() if glyph == g), None) for x, s in sets.items()}
+        wins = re.findall(r"won by set (\w)\):\n\d (\S) \d", prompt)
+        mine = {i: f"{g} {name}" for i, (g, name) in sets["A"].items()}
+        result, dropped = edited(mine, reply, ("add", "modify", "remove"))
+        assert not dropped["unknown id"]
+        for g in {g for _, g in wins}:
+            theirs = {say[x](g) for x, glyph in wins if glyph == g and x != "A"} - {None}
+            now = next((text.split()[1] for text in result if text[0] == g), None)
+            assert now in theirs if theirs else now == say["A"](g)
+            changed += now != say["A"](g)
+    assert changed > 100
+
+
+def test_packed_examples_do_not_see_each_other(monkeypatch):
+    monkeypatch.setattr(pretraining, "PRETRAIN_ROWS", 4)
+    cfg, length = espl.read_model_config(str(SHIPPED)), pretraining.PRETRAIN_LENGTH
+    model = espl.Transformer(dataclasses.replace(cfg, layer_window=(length,) * 2), nnx.Rngs(0))
+    token, position, learned = np.moveaxis(pretraining.Lesson(0, GLYPH_TEXTS).batch(0.5), 2, 0)
+    together, compared = np.asarray(model(token, position)[0]), 0
+    for row in range(len(token)):
+        starts = np.flatnonzero((position[row] % (2 * length) == 0) & (position[row] < espl.PAD_POSITION))
+        for start in starts:
+            n = int((position[row] // (2 * length) == position[row, start] // (2 * length)).sum())
+            span = slice(start, start + n)
+            alone = np.asarray(model(token[row: row + 1, span], np.arange(n)[None])[0])[0]
+            np.testing.assert_allclose(together[row, span], alone, atol=2e-4)
+            ids = token[row, span].tolist()
+            assert learned[row, span][-1] and ids[-1] == pretraining.WORD_IDS["<end>"]
+            compared += 1
+    assert compared > 4 and position.max() == espl.PAD_POSITION
+    ends, marks = (np.flatnonzero(token[0] == pretraining.WORD_IDS[w]) for w in ("<end>", "|"))
+    replies = {i for m, e in zip(marks, ends) for i in range(m + 1, e + 1) if position[0, i] < espl.PAD_POSITION}
+    assert set(np.flatnonzero(learned[0])) == replies
+
+
+def test_the_directory_is_hugging_faces(either_model, torch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    reference = AutoModelForCausalLM.from_pretrained(either_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(either_model)
+    ids = tokenizer("[G0] @ max [G1] # plus 7 @ 4 # 2 |", return_tensors="pt").input_ids
+    assert ids.shape == (1, 12) and reference.num_parameters() == sum(x.size for x in load_file(
+        either_model / "model.safetensors").values())
+    with torch.no_grad():
+        expected = reference(ids).logits.numpy()
+    policy = espl.load_policy(str(either_model), espl.read_model_config(str(either_model)), make_mesh())
+    model = nnx.merge(policy.graphdef, policy.theta, policy.frozen)
+    ours = np.asarray(model.logits(model(ids.numpy(), np.arange(12)[None])[0]))
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_shipped_model_is_the_one_that_was_made(glyph_model):
+    """MADE.md names its bits; it passes the probes, here a fifth of them; tokenizer and config are today's."""
+    said = (SHIPPED / "MADE.md").read_text()
+    [digest] = re.findall(r"[0-9a-f]{64}", said)
+    assert hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest() == digest
+    assert espl.read_model_config(str(SHIPPED)) == espl.read_model_config(str(glyph_model))
+    assert {p.name for p in SHIPPED.iterdir()} == {p.name for p in glyph_model.iterdir()} | {"MADE.md"}
+    found = pretraining.probe(SHIPPED, GLYPH_TEXTS, 80)
+    assert all(found[name] >= least for name, least in pretraining.GATES.items())
+
+
+def test_pretraining_learns_and_its_seed_decides(glyph_model, tmp_path, monkeypatch):
+    """20 steps lower the loss on unseen lessons; the same seed gives the same weights, another seed others."""
+    def loss(directory):
+        cfg = espl.read_model_config(str(directory))
+        cfg = dataclasses.replace(cfg, layer_window=(pretraining.PRETRAIN_LENGTH,) * 2)
+        policy = espl.load_policy(str(directory), cfg, make_mesh())
+        model = nnx.merge(policy.graphdef, policy.theta, policy.frozen)
+        token, position, learned = np.moveaxis(pretraining.Lesson(99, GLYPH_TEXTS).batch(0.0), 2, 0)
+        each = optax.softmax_cross_entropy_with_integer_labels(
+            model.logits(model(token[:, :-1], position[:, :-1])[0]), token[:, 1:])
+        return float(jnp.sum(each * learned[:, 1:]) / learned[:, 1:].sum())
+
+    monkeypatch.setattr(pretraining, "PRETRAIN_STEPS", 20)
+    for name, seed in (("same", 3), ("other", 4)):
+        pretraining.pretrain(tmp_path / name, seed, GLYPH_TEXTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(espl, "progress", lambda *_, **__: [])  # no step at all
+        pretraining.pretrain(tmp_path / "start", 3, GLYPH_TEXTS)
+    weights = [load_file(d / "model.safetensors") for d in (glyph_model, tmp_path / "same", tmp_path / "other")]
+    assert all((weights[0][n] == weights[1][n]).all() for n in weights[0])
+    assert any((weights[0][n] != weights[2][n]).any() for n in weights[0])
+    assert loss(glyph_model) < loss(tmp_path / "start") - 2
+
+
+def pretend(monkeypatch, scores, words="w"):
+    """Models that are nothing but these words, and do so well in the probes; returns the seeds that were tried."""
+    def pretrain(directory, seed, texts):
+        seeds.append(seed)
+        (directory / "model.safetensors").write_text(words)
+        (directory / "config.json").write_text("{}")
+
+    seeds, results = [], iter(scores)
+    monkeypatch.setattr(pretraining, "pretrain", pretrain)
+    monkeypatch.setattr(pretraining, "probe", lambda *_: dict(zip(("lookup", "critique"), next(results))))
+    return seeds
+
+
+@pytest.mark.parametrize("scores, error, tried", [
+    ([(1, 1)], "", [7]),
+    ([(0.5, 1), (1, 0.1), (0.95, 0.8)], "seed 7 failed.*lookup 0.50.*\n.*seed 8 failed.*critique 0.10", [7, 8, 9]),
+    ([(0, 0)] * 5, "seed 11 failed.*\npretrain_glyphs: error: five .*; choose another --seed", [7, 8, 9, 10, 11])])
+def test_only_a_model_that_passes_its_probes_is_kept(tmp_path, monkeypatch, capsys, scores, error, tried):
+    seeds, out, passes = pretend(monkeypatch, scores), tmp_path / "new" / "model", len(scores) < 5
+    assert pretraining.main(["--seed", "7", "--out", str(out)]) == (0 if passes else 2)
+    printed = capsys.readouterr()
+    assert seeds == tried and re.search(error, printed.err, re.S)
+    assert [int(seed) for seed in re.findall(r"pretraining from seed (\d+)", printed.out)] == tried
+    assert {p.name for p in out.iterdir()} == ({"config.json", "model.safetensors", "MADE.md"} if passes else set())
+    if passes:
+        said = (out / "MADE.md").read_text()
+        assert hashlib.sha256(b"w").hexdigest() in said and f"--seed {tried[-1]}\n" in said and "cpu" in said
+        assert f"lookup {scores[-1][0]:.4f}" in said and f"jax {jax.__version__}," in said and str(tmp_path) not in said
+        pretend(monkeypatch, [(1, 1)], "better")  # a model of this tool may be replaced
+        assert pretraining.main(["--out", str(out)]) == 0 and (out / "model.safetensors").read_text() == "better"
+        assert hashlib.sha256(b"better").hexdigest() in (out / "MADE.md").read_text()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--out", "{d}"], "is not empty"), (["--out", "{d}/config.json"], "cannot write --out"),
+    (["--seed", "-1"], "--seed -1"), (["--seed", "x"], "--seed.*'x'"), (["model"], "model")])
+def test_pretraining_refuses_bad_input(tmp_path, monkeypatch, capsys, argv, message):
+    seeds = pretend(monkeypatch, [])
+    (tmp_path / "config.json").write_text("{}")  # somebody else's model
+    assert pretraining.main([a.replace("{d}", str(tmp_path)) for a in argv]) == 2 and not seeds
+    assert re.fullmatch(rf"pretrain_glyphs: error: .*{message}.*\n", capsys.readouterr().err)
+
+
+def test_probe_measures_replies(monkeypatch):
+    """Of a model that answers as the lessons do, or not at all."""
+    answers, example = {}, pretraining.Lesson.example
+
+    def recorded(self, *args):
+        turns = example(self, *args)
+        answers[tuple(words(turns[0][0] + "|"))] = turns[0][1]
+        return turns
+
+    def speak(policy, theta, prompts, *_):
+        replies = [answers[tuple(pretraining.WORDS[i] for i in p)] for p in prompts]
+        return [[espl.Response([pretraining.WORD_IDS[w] for w in words(reply)], [], "eos")] for reply in replies]
+
+    monkeypatch.setattr(pretraining.Lesson, "example", recorded)
+    monkeypatch.setattr(espl, "generate", speak)
+    assert pretraining.probe(SHIPPED, GLYPH_TEXTS) == {"lookup": 1.0, "critique": 1.0}
+    monkeypatch.setattr(espl, "generate", lambda p, t, prompts, *_: [[espl.Response([1], [], "eos")] for _ in prompts])
+    assert pretraining.probe(SHIPPED, GLYPH_TEXTS) == {"lookup": 0.0, "critique": 0.0}
+
+
+GLYPH_RUNS = [["--mode", mode] for mode in espl.MODES] + [
+    ["--selection", "softmax", "--loss", "ppo"], ["--selection", "ucb", "--loss", "cispo", "--lora-rank", "4"],
+    ["--selection", "lucb", "--loss", "reinforce", "--kl-coef", "0.1"],
+    ["--selection", "uniform", "--baseline", "marginal"]]
+
+
+@pytest.mark.parametrize("changes", GLYPH_RUNS, ids=" ".join)
+def test_glyphs_run_like_any_task(tmp_path, capsys, changes):
+    argv = ["--run-dir", str(tmp_path / "run"), "--iterations", "2", "--batch-size", "4", "--p-crossover", "1",
+            "--max-new-tokens", "12", "--reflect-problems", "1", "--train-size", "20", "--test-size", "5",
+            "--compile-cache", ""]
+    assert espl.main([*argv, *changes]) == 0
+    out = capsys.readouterr().out
+    table = r"mean reward on 5 test problems +T = 1 +greedy\nbase model: iteration 0, prompt 0 +\d\.\d{3} +\d\.\d{3}\n"
+    assert re.search(table, out)
+    run = SimpleNamespace(directory=tmp_path / "run")
+    rollouts = read_lines(run, "rollouts.jsonl")
+    assert Counter(r["split"] for r in rollouts) == {"train": 120, "val": 16, "test": 20, "test_greedy": 10}
+    lines = read_lines(run, "metrics.jsonl")
+    greedy = [m["test_greedy"] for m in lines if "test" in m]
+    assert greedy == [np.mean([r["reward"] for r in rollouts if r["split"] == "test_greedy" and r["iteration"] == i])
+                      for i in (0, 2)]
+    if "rl" not in changes:  # the model's own reflections make a child at once
+        assert lines[1]["children"]["mutation"] == {"id": 1, "parents": [0]}
+
+
+def test_greedy_evaluation_is_greedy(tmp_path):
+    """The greedy responses do not depend on the seed, those at T = 1 do."""
+    runs, test = [], [espl.to_problem(p, str(i)) for i, p in enumerate(glyphs.problems(SimpleNamespace(seed=0))[1][:6])]
+    for seed in (0, 1):
+        run = espl.start_run(espl.parse_args(["--seed", str(seed), "--run-dir", str(tmp_path / str(seed))]))
+        run.task.test = test
+        espl.evaluate(run, 0)
+        lines = read_lines(run, "rollouts.jsonl")
+        runs.append({split: [r["response"] for r in lines if r["split"] == split] for split in ("test", "test_greedy")})
+    assert runs[0]["test_greedy"] == runs[1]["test_greedy"] and runs[0]["test"] != runs[1]["test"]
+
+
+def test_glyphs_is_the_default_task_and_has_its_own_defaults():
+    config, aime = espl.parse_args([]), espl.parse_args(["--task", "aime"])
+    assert vars(config) == vars(espl.parse_args(["--task", "glyphs"])) and config.task == "glyphs"
+    assert Path(config.model) == SHIPPED
+    assert all(getattr(config, name) == value for name, value in glyphs.DEFAULTS.items())
+    assert {name for name, value in vars(aime).items() if getattr(config, name) != value} == {*glyphs.DEFAULTS, "task"}
+    assert espl.parse_args(["--lora-rank", "8", "--temperature", "0.7"]).lora_rank == 8
+    assert espl.parse_args(["--train-file", "a", "--test-file", "b"]).task == ""
+    task = espl.load_task(config)
+    assert [len(x) for x in (task.train, task.val, task.test)] == [400, 16, 128] and task.root == []
+
+
+def test_reflect_problems_limits_reflection():
+    groups = [group(f"q{i}", [1, 0]) for i in range(5)]
+    for limit, expected in ((0, 5), (2, 2), (9, 5)):
+        ask = Script(summarize=["done"] * 99, critique=["[]"] * 9)
+        mutation_of(ask, groups, reflect_problems=limit)
+        assert len(ask.requests("critique")) == expected
+
+
+# ======================================================================================================================
+# tools/report.py and tools/lab.py
+# ======================================================================================================================
+
+
+@pytest.fixture(scope="module")
+def report():
+    return load_tool("report")
+
+
+def write_run(directory, prompts, **changes):
+    """A run directory with these prompts, two lines of metrics and half a third one."""
+    lines = [dict(iteration=0, val=0.5, test=0.25),
+             dict(iteration=1, reward_mean=-0.5, response_tokens=7.0, entropy=0.4)]
+    text = {"population.json": json.dumps([dataclasses.asdict(s) for s in prompts]),
+            "metrics.jsonl": "".join(json.dumps(m) + "\n" for m in lines) + '{"iteration": 2, "rew',
+            "config.json": json.dumps(vars(espl.parse_args(["--task", "search", "--corpus-file", "x"])))} | changes
+    for name, content in text.items():
+        (directory / name).write_text(content)
+
+
+def test_tree_picture(report, tmp_path, monkeypatch, capsys):
+    """Sixty random prompts: no two boxes overlap, every child is below its parents, all edges are there."""
+    import matplotlib
+    from matplotlib.axes import Axes
+    rng, drawn, text = np.random.default_rng(0), {}, Axes.text
+    prompts = [espl.SystemPrompt(0, [], 20.0, scores=[dict(iteration=0, split="test", score=0.625)])]
+    for i in range(1, 60):
+        parents = rng.choice(range(max(0, i - 8), i), min(i, 1 + (i % 5 == 0) * rng.integers(1, 3)), replace=False)
+        kind = "mutation" if len(parents) == 1 else "crossover"
+        prompts.append(espl.SystemPrompt(i, [str(i)], 20.0 + i / 2, 1.0, kind, parents.tolist(), i))
+    monkeypatch.setattr(Axes, "text", lambda *args, **k: drawn.update({args[3]: (*args[1:3], k)}) or text(*args, **k))
+    write_run(tmp_path, prompts)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert report.main([str(tmp_path)]) == 0
+    for name in ("tree.png", "curves.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    at = {s.id: drawn[f"{s.id}\n{s.mu:.3g}"][:2] for s in prompts}
+    assert drawn["0.62"][1] == at[0][1] and len(drawn) == 61
+    [marked] = [s for s, (_, _, k) in drawn.items() if k.get("bbox", {}).get("linewidth", 0) > 1]
+    tested = espl.tested_prompt(SimpleNamespace(config=espl.Config(), population=prompts))
+    assert marked.startswith(f"{tested.id}\n")
+    for (x, y), (x2, y2) in itertools.combinations(at.values(), 2):
+        assert y != y2 or abs(x - x2) >= 1
+    assert all(at[s.id][1] > at[i][1] for s in prompts for i in s.parents)
+    svg, edges = (tmp_path / "tree.svg").read_text(), Counter(s.operation for s in prompts for _ in s.parents)
+    for kind, color in (("mutation", "#00bfff"), ("crossover", "#ffa500")):  # a shaft and a head each, and the legend
+        assert svg.count(f"stroke: {color}") == 2 * edges[kind] + 1 and edges[kind] > 5
+    assert capsys.readouterr().out.splitlines()[1] == report.lineage(prompts, tested)
+
+
+def test_curves_show_what_was_logged(report, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    drawn, plot = [], Axes.plot
+    note = lambda *a, **k: drawn.append((k.get("label"), *map(list, a[1:3]))) or plot(*a, **k)
+    monkeypatch.setattr(Axes, "plot", note)
+    root = espl.SystemPrompt(0, [], history=[dict(iteration=1, value=0.5, rank=0, mu=26.0, sigma=8.0)])
+    write_run(tmp_path, [root])
+    assert report.main([str(tmp_path)]) == 0
+    assert drawn[-6:] == [("training batch", [1], [-0.5]), ("val", [0], [0.5]), ("test", [0], [0.25]),
+                          ("prompt 0", [1], [26.0]), ("mean", [1], [7.0]), ("mean", [1], [0.4])]
+
+
+@pytest.mark.parametrize("changes", [
+    {"population.json": "[]"}, {"population.json": "{"}, {"population.json": '[{"id": 0}]'}, {"metrics.jsonl": ""},
+    {"metrics.jsonl": "{\n"}, {"config.json": "[]"}, None])
+def test_report_of_what_is_no_run(report, tmp_path, capsys, changes):
+    if changes is not None:
+        write_run(tmp_path, [espl.SystemPrompt(0, [])], **changes)
+    assert report.main([str(tmp_path)]) == 2 and not list(tmp_path.glob("*.png"))
+    assert re.fullmatch(f"report: error: cannot read the run {tmp_path} .*\n", capsys.readouterr().err)
+
+
+def test_lineage_in_words(report):
+    make = [("root", []), ("mutation", [0]), ("crossover", [1, 0]), *(("mutation", [i]) for i in range(2, 9))]
+    prompts = [espl.SystemPrompt(i, [], operation=op, parents=p, iteration=i) for i, (op, p) in enumerate(make)]
+    assert report.lineage(prompts, prompts[0]) == "0, the root"
+    assert report.lineage(prompts, prompts[2]) == (
+        "2 by crossover of 1 and 0 (iteration 2) <- 1 by mutation of 0 (iteration 1) <- 0, the root")
+    long = report.lineage(prompts, prompts[9])
+    assert long.startswith("9 by mutation of 8 (iteration 9) <- ") and "… 3 generations more …" in long
+    assert long.endswith("<- 0, the root") and long.count(" by ") == 6
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return load_tool("lab")
+
+
+def test_the_laboratorys_statistics(lab):
+    rng = np.random.default_rng(0)
+    b, d = rng.normal(size=40), rng.normal(0.3, 0.1, 40)
+    mean, low, high = map(float, re.fullmatch(r"(\S+) \| (\S+) to (\S+)", lab.difference(b + d, b)).groups())
+    assert mean == pytest.approx(d.mean(), abs=1e-3)  # of many values: the mean and 1.96 standard errors
+    assert [low, high] == pytest.approx(d.mean() + np.array([-1.96, 1.96]) * 0.1 / 40**0.5, abs=0.01)
+    curve = [dict(iteration=i, test=i / 100, test_greedy=0.5, val=v) for i, v in
+             zip(range(0, 70, 10), (0.1, 0.5, 0.9, 0.2, 0.9, 0.1, 0.3))]
+    assert {name: lab.read([curve, curve], name) for name in lab.READINGS} == {
+        "final": [0.6] * 2, "final, greedy": [0.5] * 2, "mean of last 5": pytest.approx([0.4] * 2),
+        "picked by validation": [0.2] * 2}
+    assert lab.settings("a_b=1,2 c=x,y") == {"a_b=1 c=x": ["--a-b", "1", "--c", "x"],
+                                             "a_b=2 c=y": ["--a-b", "2", "--c", "y"]}
+    assert [lab.seed_list(s) for s in ("3", "100-102", "7,9")] == [[0, 1, 2], [100, 101, 102], [7, 9]]
+    for bad in ("0", "x", "3-1", "1,", "-2"):
+        with pytest.raises(espl.UserError, match="--seeds"):
+            lab.seed_list(bad)
+
+
+def test_perfect_prompts_solve_every_problem(lab, tmp_path):
+    """What the prompts file adds to the root prompt is what the seed's world means; the task's other texts stay."""
+    for seed in (0, 3):
+        config = lab.config_of(lab.PERFECT, ["--mode", "rl", "--task", "glyphs"], seed, tmp_path)
+        task = espl.load_task(config)
+        meaning = dict(text.split() for text in task.root)
+        assert set(meaning) == set(glyphs.GLYPHS)
+        assert all(glyphs.solve(x.question, meaning) == x.answer for x in task.test)
+        assert task.texts | {"principles": ""} == GLYPH_TEXTS
+
+
+def test_tables_are_those_of_the_results(lab, tmp_path, monkeypatch):
+    results = json.loads((ROOT / "docs" / "results.json").read_text())
+    texts = {page: page.read_text() for page in lab.pages()}
+    assert all(lab.readme(text, results) == text for text in texts.values())
+    assert "<!-- compare -->" in "".join(texts.values())
+    (tmp_path / "docs").mkdir()
+    pages = [tmp_path / "README.md", tmp_path / "docs" / "results.md", tmp_path / "docs" / "speed.md"]
+    for page, name in zip(pages, ("compare", "ratings", "")):
+        page.write_text(f"text\n<!-- {name} -->\nold\n<!-- end -->\n" if name else "no table")
+    shutil.copy(ROOT / "docs" / "results.json", tmp_path / "docs")
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lab.py", "readme"])
+    assert lab.main() == 0
+    for page, name in zip(pages[:2], ("compare", "ratings")):
+        section, make = lab.TABLES[name]
+        assert page.read_text() == f"text\n<!-- {name} -->\n{make(results[section])}\n<!-- end -->\n"
+    assert pages[2].read_text() == "no table"
+
+
+# ======================================================================================================================
+# README.md and docs/: their task files and patches do what they say, their tables are those of the results
+# ======================================================================================================================
+
+@pytest.fixture
+def shown(tmp_path):
+    """shown(name): the path of the task file README shows under this name, as tasks/name.py of a fresh folder."""
+    def make(name):
+        text = (ROOT / "README.md").read_text()
+        [body] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if b.startswith(f"# tasks/{name}.py\n")]
+        (tmp_path / f"{name}.py").write_text(body)
+        return str(tmp_path / f"{name}.py")
+    return make
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """fork(words): espl.py with the patch in docs/forks.md that has these words in it, as a module. It is found by its
+    context: here espl.py has ten lines more at its top."""
+    def make(words):
+        [patch] = [p for p in re.findall(r"```diff\n(.*?)```", (ROOT / "docs/forks.md").read_text(), re.S) if words in p]
+        (tmp_path / "espl.py").write_text("#\n" * 10 + (ROOT / "espl.py").read_text())
+        subprocess.run(["git", "apply"], input=patch, text=True, cwd=tmp_path, check=True)
+        shutil.copy(ROOT / "prompts_seed.txt", tmp_path)
+        spec = importlib.util.spec_from_file_location("espl_fork", tmp_path / "espl.py")
+        sys.modules["espl_fork"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield make
+    del sys.modules["espl_fork"]
+
+
+def test_the_task_that_readme_shows(shown, world, tmp_path):
+    path = shown("words")
+    files = [write_jsonl(tmp_path / name, [{"question": f"{name} {i}?", "answer": "Red fox"} for i in range(9)])
+             for name in ("train", "test")]
+    task = espl.load_task(espl.parse_args(["--task", path, "--train-file", files[0], "--test-file", files[1]]))
+    assert task.name == "words" and espl.system_text(task, []) == "Answer in one sentence."
+    graded = espl.grade(task, [(task.test[0], text) for text in ("A red fox no less", "the red FOX", "red", "")])
+    assert graded == [(1.0, "correct"), (1.0, "correct"), (0.5, "partly right"), (0.0, "wrong")]
+    run = play(flags(world, tmp_path / "run", iterations=1, task=path, prompts_file=None))
+    assert run.task.name == "words" and len(metrics(run)) == 2
+
+
+def test_the_tool_that_readme_shows(shown, tmp_path, make_chat):
+    train, test = (write_jsonl(tmp_path / n, [{"question": f"{n} {i}?", "answer": "x"} for i in "ab"]) for n in "xy")
+    task = espl.load_task(espl.parse_args(["--task", shown("dates"), "--train-file", train, "--test-file", test]))
+    call = '<tool_call>{"name": "weekday", "arguments": {"date": "1969-07-20"}}</tool_call>'
+    assert espl.call_tool(task.tools, call) == "Sunday"
+    assert espl.call_tool(task.tools, call.replace("20", "32")).startswith("Error: ")
+    chat = make_chat(CHATML)
+    assert "The date, as 1969-07-20." in chat.tokenizer.decode(espl.rollout_ids(task, chat, [], task.test[0]))
+
+
+def test_fork_with_an_operator(fork):
+    forked = fork("forget")
+    parent = forked.SystemPrompt(0, ["a", "b b", "c"], sigma=1.0)
+    run = SimpleNamespace(config=forked.Config(p_crossover=0.0), population=[parent])
+    groups = [[forked.Group(forked.Problem("x", "x", ("1",)), ["", ""], [0.0, 0.0], ["wrong"] * 2)]]
+    logs = [forked.breed(run, forked.Reflection([parent], groups, 0, None, None, run.config), i,
+                         np.random.default_rng(i)) for i in range(30)]
+    [child] = run.population[1:]
+    assert (child.principles, child.operation, child.parents, child.sigma) == (["a", "c"], "forget", [0], math.sqrt(2))
+    assert sum("forget" in log["children"] for log in logs) == 1 < sum("forget" in log["no_child"] for log in logs) < 20
+
+
+def test_fork_with_a_loss(fork):
+    forked = fork("tis")
+    assert forked.parse_args(["--task", "aime", "--loss", "tis"]).loss == "tis"
+    logp, behaviour, advantage = jnp.array([[-1.0, -2, -1]]), jnp.array([[-1.5, -1, -3]]), jnp.array([[1.0], [-2]])
+    slope = jax.grad(lambda x: forked.surrogate(x, behaviour, advantage, forked.Objective("tis"))[0].sum())(logp)
+    np.testing.assert_allclose(slope, [[-math.exp(0.5), -math.exp(-1), -2]], rtol=1e-6)  # times 1 - 2, the advantages
+
+
+def test_fork_with_a_model_family(fork, hf_model, monkeypatch):
+    directory, _, expected = hf_model("mistral")
+    with pytest.raises(espl.UserError, match="mistral"):
+        load(directory)
+    forked = fork("mistral")
+    monkeypatch.setitem(globals(), "espl", forked)
+    assert_close(logits(load(directory)), expected, 1e-4)
+
+
+def test_the_file_is_alone_and_readable():
+    """Algorithm 1 comes first, no function is long, and espl.py needs nothing of ours but prompts_seed.txt."""
+    tree, lines = ast.parse((ROOT / "espl.py").read_text()), (ROOT / "espl.py").read_text().split("\n")
+    ends = {n.name: n.end_lineno for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    assert max(ends[name] for name in ("train", "espl_iteration", "breed", "sample_groups", "to_samples")) < 350
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    assert max(n.end_lineno - n.lineno + 1 for n in functions) <= 60 and max(map(len, lines)) <= 120
+    assert max(len(n.args.args) for n in functions if n.name == "generate") <= 6
+    assert "glyph" not in (ROOT / "espl.py").read_text().replace('named.task = "glyphs"', "").replace("; glyphs (no", "")
+
+
+def test_without_tasks_the_default_says_what_is_missing(world, tmp_path):
+    for name in ("espl.py", "prompts_seed.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    start = lambda *argv: subprocess.run([sys.executable, tmp_path / "espl.py", *map(str, argv)], capture_output=True,
+                                         text=True, timeout=120, cwd=tmp_path)
+    alone = start()
+    assert alone.returncode == 2 and re.fullmatch(r"espl: error: --task glyphs: there is no .*; get the folder tasks.*\n",
+                                                  alone.stderr)
+    run = start(*flags(world, tmp_path / "run", iterations=1))
+    assert run.returncode == 0 and (tmp_path / "run" / "metrics.jsonl").is_file(), run.stderr
