@@ -23,9 +23,11 @@ Algorithm 1 of the paper, its statements numbered from "Initialize S", and where
     17-20  with p_crossover: Algorithm 2                                           crossover
     21     S.append(s', mu', sigma')                                               add_child
 
-Axes are suffixes of array names. Sections 3 and 4: M system prompts, B problems of a batch, N rollouts. Sections 5 to 7:
-B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N/K, H head dim, D model dim, F feed-forward
-dim, V vocabulary, L layers, R LoRA rank, E end tokens. A slot is a hole in a text of prompts_seed.txt.
+Axes are suffixes of array names. In sections 3 and 4: M system prompts, B problems of a batch, N rollouts, and V is a
+mean reward. In sections 5 to 7: B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N/K, H head
+dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank. s is a system prompt, x a problem, y a response, c the Config; a slot is a
+hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evolution, 5 RL update, 6 sampling, 7 model,
+8 tasks, 9 a run, its files and the program.
 
 Where this file departs from the paper, and why:
  1. Selection: the highest score plus random others, which the paper calls its simplified strategy; --selection has
@@ -44,8 +46,8 @@ And from its released code (LunjunZhang/E-SPL):
  9. J has line 8's 1/(NM), and 1/B for the batch; the code sums. Adam hardly sees the difference, --kl-coef does.
 10. The policy is the tempered softmax: sampler and trainer divide logits by one temperature. With top_p < 1 the sampler
     renormalises and the trainer does not; the mean importance ratio is logged.
-11. A child that equals any earlier prompt is not added (the code appends a copy of its parent). The mutation child comes
-    before the crossover child, as in Algorithm 1; the code has them the other way round.
+11. A child that equals any earlier prompt is not added; the code appends a copy of its parent. The mutation child
+    comes before the crossover child, as in Algorithm 1; the code has them the other way round.
 12. A merged principle stands where its first source stood, as ids are read in order; the code puts it last. Set A of a
     crossover is the best prompt, the others are lettered by age, not by rank, which the reflector need not know.
 13. Each operation is checked on its own and dropped alone: the code lets one bad item spoil the reply, "B.G0" overwrite
@@ -134,7 +136,8 @@ class Config:
     lora_alpha: float = flag(32.0, "Model", "the adapter's output is scaled by alpha / rank", low=0)
     model_parallel: int = flag(1, "Model", "devices along the mesh's model axis; the rest are its data axis", low=1)
 
-    mode: str = flag("espl", "Algorithm 1", "learn weights and prompts, prompts, one prompt, weights", choices=MODES)
+    mode: str = flag("espl", "Algorithm 1", "what is learned: weights and prompts; prompts; one prompt; weights (rl)",
+                     choices=MODES)
     batch_size: int = flag(10, "Algorithm 1", "problems in a batch", "B", low=1)
     num_rollouts: int = flag(5, "Algorithm 1", "rollouts of each prompt on each problem", "N", low=1)
     num_prompts: int = flag(3, "Algorithm 1", "system prompts in a batch", "M", low=1, high=26)
@@ -182,7 +185,7 @@ class Config:
     reflect_tokens: int = flag(8192, "Reflection", "longest reply", low=1)
     max_principles: int = flag(40, "Reflection", "principles a prompt may have", low=1)
     max_principle_words: int = flag(64, "Reflection", "words a principle may have (it is asked for 32)", low=1)
-    allow_leaks: bool = flag(False, "Reflection", "keep principles that give away a training problem or its answer")
+    allow_leaks: bool = flag(False, "Reflection", "keep principles that give away a problem reflected on, or its answer")
 
     eval_every: int = flag(10, "Evaluation", "iterations between evaluations; the first is before training", low=1)
     test_samples: int = flag(10, "Evaluation", "responses to each problem", low=1)
@@ -238,31 +241,32 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     learning, evolution = {}, {}
     if c.mode in ("espl", "rl"):  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
         with timed(run, "update"):
-            learning = rl_update(run.trainer, to_samples(groups_MB, c), c.num_prompts * c.num_rollouts * len(problems_B))
+            rollouts = c.num_prompts * c.num_rollouts * len(problems_B)
+            learning = rl_update(run.trainer, to_samples(groups_MB, c), rollouts)
     if c.mode != "rl":
         update_ratings(prompts_M, values_M, iteration, c.rating)                        # lines 10-11
         k = argmax(values_M, rng)                                                       # line 12
         with timed(run, "reflect"):
-            ask = make_ask(run, iteration)
-            evolution = breed(run, Reflection(prompts_M, groups_MB, k, ask, run.task.parse, c), iteration, rng)  # 13-21
+            tournament = Tournament(prompts_M, groups_MB, k, make_ask(run, iteration), run.task.parse, c, rng)
+            evolution = breed(run, tournament, iteration)                               # lines 13-21
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
 
 
-def breed(run: Run, reflection: Reflection, iteration: int, rng) -> dict:
+def breed(run: Run, tournament: Tournament, iteration: int) -> dict:
     """Append the children of this iteration's prompts to the population (Alg. 1, lines 13-21); returns the log."""
-    c, log = run.config, {"children": {}, "no_child": {}}
+    c, log = run.config, {"best": tournament.prompts[tournament.best].id, "children": {}, "no_child": {}}
     for name, (operator, chance) in OPERATORS.items():
-        if chance(c) < 1 and rng.random() >= chance(c):
+        if chance(c) < 1 and tournament.rng.random() >= chance(c):
             continue
         try:
-            child = add_child(run.population, *operator(reflection), name, iteration, c)
+            child = add_child(run.population, *operator(tournament), name, iteration, c)
             log["children"][name] = {"id": child.id, "parents": child.parents}
         except NoChild as e:
             log["no_child"][name] = str(e)
         except Exception as e:  # a failure in reflection never ends a run
             log["no_child"][name] = f"failed: {first_line(e)}"
             run.append("reflections.jsonl", [{"iteration": iteration, "traceback": traceback.format_exc()}])
-    return log | {"parse_failures": reflection.unread, "dropped": dict(+reflection.dropped)}
+    return log | {"parse_failures": tournament.unread, "dropped": dict(+tournament.dropped)}
 
 
 def last_iteration(run: Run) -> int:
@@ -350,7 +354,7 @@ def to_samples(groups_MB: list[list[Group]], c: Config) -> list[Sample]:
 class SystemPrompt:
     """Member s of the population: a list of principles (G0, G1, …; none at the root), rating and lineage.
 
-    The population is the list of all prompts ever made, a prompt's id being its index; the paper's pool S is its youngest
+    The population is the list of all prompts ever made, a prompt's id being its index; the paper's S is its youngest
     max_pool_size members (first in, first out).
     """
     id: int
@@ -385,6 +389,8 @@ def select(population: list[SystemPrompt], c: Config, rng) -> list[SystemPrompt]
         case "softmax":     # p_i ~ exp(score_i / T) without replacement: the largest of score / T + Gumbel noise
             noisy = scores / c.selection_temperature + rng.gumbel(size=len(window))
             order = sorted(order, key=lambda i: -noisy[i])
+        case "uniform":
+            pass
         case "ucb":
             order = sorted(order, key=lambda i: -scores[i])
         case "lucb":        # the best lower bound, then the best upper bounds
@@ -420,7 +426,7 @@ def add_child(population: list[SystemPrompt], principles: list[str], parents: li
     what is known of them, and so much uncertainty that it is soon tried.
     """
     if same := [s for s in population if s.principles == principles]:
-        raise NoChild(f"nothing changed (equal to prompt {same[0].id}); raise --reflect-temperature")
+        raise NoChild(f"nothing changed (equal to prompt {same[0].id}); a higher --reflect-temperature varies more")
     precision = [s.sigma**-2 for s in parents]
     mu = sum(p * s.mu for p, s in zip(precision, parents)) / sum(precision)
     sigma = math.sqrt(1 / sum(precision) + c.delta_sigma**2)
@@ -437,10 +443,10 @@ class NoChild(Exception):
 
 
 @dataclass
-class Reflection:
-    """What an operator works with: an iteration's tournament, and the reflection model.
+class Tournament:
+    """What an operator works with: an iteration's prompts and their rollouts, and the reflection model.
 
-    ask(request, [slots, …]) samples a reply to each request of prompts_seed.txt, filled in with the slots.
+    ask(request, [slots, …]) samples a reply to each request, a section of prompts_seed.txt filled in with the slots.
     """
     prompts: list[SystemPrompt]
     groups_MB: list[list[Group]]
@@ -448,6 +454,7 @@ class Reflection:
     ask: Callable[[str, list[dict]], list[str]]
     parse: Callable[[str], list[dict] | None]          # operations in a reply; None: unreadable
     config: Config
+    rng: np.random.Generator | None = None             # the iteration's own
     unread: int = 0                                    # replies that could not be read, even when asked again
     dropped: Counter = field(default_factory=Counter)  # operations, by what was wrong with them
 
@@ -461,7 +468,7 @@ class Reflection:
         return parsed
 
 
-def mutate(r: Reflection) -> tuple[list[str], list[SystemPrompt]]:
+def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
     """Contrasts the successes and failures of the best prompt and edits its principles.
 
     (Alg. 1, lines 13-15; appendix LLM-Based Self-Reflection: summarise, critique, aggregate, apply.)
@@ -470,7 +477,7 @@ def mutate(r: Reflection) -> tuple[list[str], list[SystemPrompt]]:
     wanted = {"contrast": lambda g: g.contrast, "failures": lambda g: g.value < 1, "all": lambda g: True}
     groups = [g for g in r.groups_MB[r.best] if wanted[c.reflect_on](g)][: c.reflect_problems or None]
     if not groups:
-        raise NoChild(f"no problem to reflect on ({c.reflect_on}); try --reflect-on failures, or easier or harder problems")
+        raise NoChild(f"no problem to reflect on ({c.reflect_on}); try --reflect-on failures, or other problems")
     current, problems = numbered(parent.principles), [g.problem for g in groups]
     # App. Trajectory Summarization: one request a rollout, given its grade and the truth
     summaries = iter(r.ask("summarize", [
@@ -486,8 +493,8 @@ def mutate(r: Reflection) -> tuple[list[str], list[SystemPrompt]]:
         r.dropped.update({"beyond K_ops": max(0, len(good) - c.max_operations)})
         proposals += good[: c.max_operations]
     if not proposals:
-        raise NoChild(f"no valid proposal ({critiques.count(None)} of {len(critiques)} critiques did not parse); raise "
-                      "--reflect-tokens or give --no-thinking, and read reflections.jsonl")
+        raise NoChild(f"no valid proposal ({critiques.count(None)} of {len(critiques)} critiques did not parse); read "
+                      "reflections.jsonl, and if replies break off raise --reflect-tokens or give --no-thinking")
     # App. Local-to-Global Aggregation: one request for all proposals
     candidates, slots = aggregate_slots(current, proposals)
     [plan] = r.operations("aggregate", [slots])
@@ -496,7 +503,7 @@ def mutate(r: Reflection) -> tuple[list[str], list[SystemPrompt]]:
     return apply_operations(candidates, plan, ("modify", "merge"), problems, c, r.dropped), [parent]
 
 
-def crossover(r: Reflection) -> tuple[list[str], list[SystemPrompt]]:
+def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
     """Edits the best prompt's principles by those of others that won a problem; parents: the best first   (Alg. 2)."""
     prompts, problems = r.prompts, [g.problem for g in r.groups_MB[0]]
     wins = crossover_parents(np.array([[g.value for g in row] for row in r.groups_MB]), r.best)
@@ -513,9 +520,9 @@ def crossover(r: Reflection) -> tuple[list[str], list[SystemPrompt]]:
     return principles, [prompts[i] for i in wins]
 
 
-OPERATORS = {  # name: (operator, its chance in an iteration); logs, screen and pictures know no others
+OPERATORS = {  # name: (operator, its chance in an iteration); logs and pictures know no others
     "mutation": (mutate, lambda c: 1.0),
-    "crossover": (crossover, lambda c: c.p_crossover if c.num_prompts > 1 else 0.0),
+    "crossover": (crossover, lambda c: c.p_crossover if c.num_prompts > 1 and c.mode != "reflection" else 0.0),
 }
 
 
@@ -570,7 +577,7 @@ def crossover_slots(sets: dict[str, list[str]], wins: list[tuple[str, int, Probl
 
 STRING = r'"(?:[^"\\]|\\.)*+"'  # of JSON; possessive, so that hostile replies take linear time
 OBJECT = re.compile(r'\{(?:[^{}"]|' + STRING + r")*+\}", re.S)  # one without another object in it
-ESCAPE = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq), or (group 1) a backslash to be doubled
+ESCAPE = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq); group 1: a backslash to be doubled
     r'\\(?:["\\/]|[bfrt](?![a-zA-Z])|n(?!(?:abla|eq?|eg|i|mid|ot|otin|u|leq|geq)\b)|u[0-9a-fA-F]{4})|(\\)')
 
 
@@ -778,6 +785,7 @@ def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, ob
     total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
     sums = {"loss": -total(term - objective.kl_coef * kl) / num_rollouts, "tokens": total(1.0), "kl": total(kl),
             "entropy": total(entropy), "ratio_mean": total(ratio), "sampler_gap": total(batch["behaviour"] - logp)}
+    # The loss that is reported has the KL's value, the one that is differentiated a term with its gradient.
     return -total(term - objective.kl_coef * penalty) / num_rollouts, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
 
 
@@ -855,7 +863,7 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
 
 
 def pack(samples: list[Sample], shape: tuple[int, int], prompt_shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """A batch of rows [B, T], and of the prompts that own them, without their last tokens, with which the rows begin."""
+    """A batch of rows [B, T], and the prompts that own them, without their last tokens, with which the rows begin."""
     prompts = list(dict.fromkeys(tuple(s.prompt) for s in samples))
     rows = [(s.prompt[-1:] + s.tokens[:-1], len(s.prompt) - 1) for s in samples]
     batch = dict(zip(("prompt", "prompt_position"), padded([(p[:-1], 0) for p in prompts], *prompt_shape)))
@@ -881,9 +889,9 @@ def cheapest_remat(cfg: ModelConfig, mesh, tokens: int) -> str:
 # ======================================================================================================================
 # 6. Sampling: a queue of rollouts feeds a fixed number of rows of a batched key/value cache
 #
-#   prompt tokens   p0 p1 … p(n-2) | p(n-1)         prefill writes p0 … p(n-2) into the cache, once for all samples of a
-#   cache position  0  1      n-2  |  n-1  n  …     prompt; every decode step then feeds one token, starting with p(n-1),
-#                                                   samples its successor and writes its own key and value: no row waits.
+#   prompt tokens   p0 p1 … p(n-2) | p(n-1)       prefill writes p0 … p(n-2) into the cache, once for all samples of a
+#   cache position  0  1      n-2  |  n-1  n  …   prompt; every decode step then feeds one token, starting with p(n-1),
+#                                                 samples its successor and writes its key and value: no row waits.
 # ======================================================================================================================
 
 DECODE_CHUNK = 64  # decode steps between two looks of the host: ended rollouts leave, waiting ones take their rows
@@ -976,7 +984,7 @@ def new_decoder(policy: Policy, theta, queue) -> Decoder:
 
 
 def most_rows(policy: Policy, tokens: int) -> int:
-    """How many rollouts of up to so many tokens decode at once: a row is kept free for the longest response."""
+    """How many rollouts decode at once, if each row may grow to so many tokens."""
     return min(policy.max_rows, max(1, policy.cache_tokens // cache_length(policy, tokens)))
 
 
@@ -1065,7 +1073,7 @@ def bucket(n: int, least: int = 128) -> int:
 
 
 def row_count(needed: int, most: int, multiple: int) -> int:
-    """Rows of a cache for `needed` rollouts: 8, 32, 128, …, at most `most`, divisible among the devices."""
+    """8, 32, 128, … rows for `needed` of them, at most `most`, then rounded up to be divisible among the devices."""
     rows = min(most, 8 * 4 ** max(0, math.ceil(math.log(needed / 8, 4))))
     return -(-rows // multiple) * multiple
 
@@ -1452,7 +1460,7 @@ def weight_sharding(path: str, shape, mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, fit_spec(spec, shape, mesh))
 
 
-# ---- Directories in Hugging Face layout, in and out
+# ---- Directories in Hugging Face layout
 
 
 def find_model(name: str) -> str:
@@ -1575,24 +1583,12 @@ def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
-def save_weights(directory: Path, weights, cfg: ModelConfig) -> None:
-    """Write a model's weights (no adapter) as Hugging Face's model.safetensors."""
-    from safetensors.numpy import save_file
-    tensors = {}
-    for key, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]:
-        path, stacked = path_name(key), path_name(key).startswith("layers/")
-        for name, x in zip(tensor_names(path, cfg), np.asarray(leaf) if stacked else [np.asarray(leaf)]):
-            name = name if name.startswith("lm_head") else f"model.{name}"
-            tensors[name] = np.ascontiguousarray(x.T if path.endswith("kernel") else x)
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-
-
 @dataclass
 class Policy:
     """pi_theta and pi_ref: one set of frozen weights under two sets of trainable ones.
 
     theta is what RL changes: the LoRA adapter, or every weight when lora_rank is 0. theta_ref is its first value: with
-    LoRA an adapter whose B is zero, hence exactly the base model at no cost in memory, else a full copy.
+    LoRA an adapter whose B is zero, hence exactly the base model for the memory of an adapter, else a full copy.
     """
     cfg: ModelConfig
     graphdef: Any
@@ -1697,7 +1693,7 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def task_file(name: str) -> dict[str, Any]:
-    """What the file of a task defines, {} for built-in tasks. Raises UserError if there is none, or it does not load."""
+    """What the file of a task defines, {} for built-in tasks. Raises UserError if it is not there or does not load."""
     if not name or name in MATHS:
         return {}
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / "tasks" / f"{name}.py"
@@ -1779,7 +1775,8 @@ def read_hub(name: str) -> list[Problem]:
         if "reward_model" in rows.column_names:  # DAPO-Math-17k: each of its problems is there a hundred times
             first = pyarrow.compute.list_element(rows.data.column("prompt"), 0)
             table = {"text": pyarrow.compute.struct_field(first, "content"), "row": np.arange(len(rows))}
-            rows = rows.select(pyarrow.table(table).group_by("text").aggregate([("row", "min")])["row_min"].to_pylist())
+            firsts = pyarrow.table(table).group_by("text").aggregate([("row", "min")])["row_min"]
+            rows = rows.select(sorted(firsts.to_pylist()))
         return [to_problem(dict(row), f"{name}:{i}") for i, row in enumerate(rows)]
 
 
@@ -1787,11 +1784,11 @@ def read_hub(name: str) -> list[Problem]:
 
 
 def read_prompts(path: str, task: str = "", own: str = "") -> dict[str, str]:
-    """The sections of a prompts file for a task. [TASK.name] goes before a task file's `own`, and that before others."""
+    """The sections of a prompts file for a task. [TASK.name] goes before a task file's own, and these before others."""
     with explained(f"cannot read the prompts file {path}"):
         text = Path(path).read_text(encoding="utf-8")
     general, special = ({name: body.strip() for name, body in re.findall(
-        r"^\[([\w.]+)\][ \t]*$(.*?)(?=^\[[\w.]+\][ \t]*$|\Z)", source, re.M | re.S)} for source in (text, own))
+        r"^\[([\w.-]+)\][ \t]*$(.*?)(?=^\[[\w.-]+\][ \t]*$|\Z)", source, re.M | re.S)} for source in (text, own))
     found = {}
     for name, slots in SLOTS.items():
         sources = general.get(f"{task}.{name}"), special.get(name), general.get(f"math.{name}"), general.get(name)
@@ -1958,9 +1955,10 @@ def grade(task: Task, pairs: list[tuple[Problem, str]]) -> list[tuple[float, str
         try:
             found = task.reward(problem.record, text)
             reward, outcome = found if isinstance(found, tuple) else (found, None)
-            if not (reward := float(reward)) <= 1:
-                raise ValueError(f"a reward is at most 1, not {reward}")
-            graded.append((reward, outcome or ("correct" if reward == 1 else "partly right" if reward > 0 else "wrong")))
+            if not (math.isfinite(reward := float(reward)) and reward <= 1):
+                raise ValueError(f"a reward is a finite number, at most 1, not {reward}")
+            word = "correct" if reward == 1 else "partly right" if reward > 0 else "wrong"
+            graded.append((reward, outcome or word))
         except Exception as e:
             failed = failed or f"reward of {task.name} failed, counted as 0: {first_line(e)}"
             graded.append((0.0, "error"))
@@ -2016,7 +2014,7 @@ def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
 
 def ask_math_verify(pairs: list[tuple[list[str], str]]) -> list[str]:
     """Verdicts of math-verify on (golds, answer) pairs: correct, wrong, timeout or error. In a process of its own."""
-    program = f"{inspect.getsource(math_verify_process)}\nmath_verify_process({GRADE_SECONDS}, {GRADE_BYTES})"
+    program = f"{MATH_VERIFY_SOURCE}\nmath_verify_process({GRADE_SECONDS}, {GRADE_BYTES})"
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                               input="".join(json.dumps(p) + "\n" for p in pairs),
@@ -2032,10 +2030,10 @@ def ask_math_verify(pairs: list[tuple[list[str], str]]) -> list[str]:
 def math_verify_process(seconds: int, max_bytes: int) -> None:
     """Prints a verdict for every line of its input; runs alone, as the main program of another process.
 
-    sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often inside one C call which no exception interrupts. So
-    each answer gets a forked child, and the kernel enforces both limits on it: SIGALRM keeps its default action, which
-    ends the child whatever it is doing. As every child starts from the same state, no answer can spoil the verdict on
-    the next. math-verify's own timeouts, made of signals too, stay off.
+    sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often in one C call which no exception interrupts. So each
+    answer gets a forked child, and the kernel enforces both limits on it: SIGALRM keeps its default action, which ends
+    the child whatever it is doing. As every child starts from the same state, no answer can spoil the next verdict.
+    math-verify's own timeouts, made of signals too, stay off.
     """
     import contextlib, json, os, resource, signal, sys  # noqa: E401
     from math_verify import LatexExtractionConfig, parse, verify
@@ -2060,6 +2058,9 @@ def math_verify_process(seconds: int, max_bytes: int) -> None:
                 os._exit(2)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print({0: "correct", 1: "wrong", -signal.SIGALRM: "timeout"}.get(code, "error"), flush=True)
+
+
+MATH_VERIFY_SOURCE = inspect.getsource(math_verify_process)  # now: this file may be edited while a run goes on
 
 # ======================================================================================================================
 # 9. A run: its reflection model and evaluations, its files, its screen, and the program
@@ -2205,7 +2206,7 @@ def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) ->
 
 
 def make_ask(run: Run, iteration: int) -> Callable[[str, list[dict]], list[str]]:
-    """The `ask` of Reflector: requests of prompts_seed.txt answered by the reflection model, all in one batch."""
+    """The `ask` of a Tournament: requests of prompts_seed.txt answered by the reflection model, all in one batch."""
     c, calls = run.config, Counter()
     theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
 
@@ -2372,10 +2373,11 @@ def print_line(run: Run, m: dict) -> None:
     short = lambda x, digits=3: re.sub(r"^(-?)0\.", r"\1.", f"{x:.{digits}f}")
     parts = [f"{m['iteration']:>4}"]
     if "rewards" in m:
-        best = max(m["rewards"], key=m["rewards"].get)
+        best = m.get("best", max(m["rewards"], key=m["rewards"].get))  # ties are broken by the seed
         parts += [f"reward {short(m['reward_mean'])}", f"best {best} {short(m['rewards'][best])}"]
-    parts += ["no step" if "skipped" in m else f"grad {short(m['grad_norm'], 2)} H {short(m['entropy'], 2)}"
-              for _ in range("skipped" in m or "loss" in m)]
+    if "loss" in m:
+        parts.append(f"grad {short(m['grad_norm'], 2)} H {short(m['entropy'], 2)}")
+    parts += ["no step"] * ("skipped" in m)
     parts += [f"+{x['id']} from {', '.join(map(str, x['parents']))}" for x in m.get("children", {}).values()]
     parts += [f"{sum(m['seconds'].values()):.1f} s"]
     parts += [f"{split} {short(m[split])}" for split in ("val", "test") if split in m]
@@ -2426,9 +2428,14 @@ def parse_args(argv: list[str]) -> Config:
         with explained(f"cannot read {path}", "--resume takes an earlier run's directory"):
             saved = json.loads(path.read_text()) | {"run_dir": named.resume}
             named.task = saved["task"]
-    if not (named.task or named.train_file or named.test_file or named.resume or {"-h", "--help"} & {*argv}):
+    if not (named.task or named.train_file or named.test_file or named.resume):
         named.task = "glyphs"
-    own = task_file(named.task)
+    try:
+        own = task_file(named.task)
+    except UserError:
+        if named.task != "glyphs" or not {"-h", "--help"} & {*argv}:
+            raise
+        own = {}  # --help helps also where there is no tasks/
     with explained(f"task {named.task}: its FLAGS or DEFAULTS are wrong"):
         flags = [(name, type(value), flag(value, "Task", text)) for name, (value, text) in own.get("FLAGS", {}).items()]
         kind = dataclasses.make_dataclass("TaskConfig", flags, bases=(Config,))

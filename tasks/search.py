@@ -3,8 +3,8 @@
     python espl.py --task search --corpus-file passages.jsonl         # NQ + HotpotQA from the hub: 196 train, 64 test
     python espl.py --task search --corpus-file passages.jsonl --train-file a.jsonl --test-file b.jsonl
 
-A line of the corpus is {"id": …, "title": …, "text": …}, a line of questions {"question": …, "golden_answers": […]}. The
-paper's code for this setting is not released; here retrieval is BM25 (bm25s: a millisecond a query over 100,000 passages).
+A line of the corpus is {"id": …, "title": …, "text": …}, a line of questions {"question": …, "golden_answers": […]}.
+The paper's code for this setting is not released; here retrieval is BM25, a millisecond a query over 100,000 passages.
 """
 
 import hashlib
@@ -41,7 +41,8 @@ Before you begin, read the following principles carefully, and use those that ap
 def problems(config) -> tuple[list[dict], list[dict]]:
     """The questions of Search-R1, from the hub."""
     from datasets import load_dataset
-    return tuple([dict(row) for row in load_dataset("PeterJinGo/nq_hotpotqa_train", split=s)] for s in ("train", "test"))
+    name = "PeterJinGo/nq_hotpotqa_train"
+    return tuple([dict(row) for row in load_dataset(name, split=split)] for split in ("train", "test"))
 
 
 def reward(record: dict, response: str) -> tuple[float, str]:
@@ -50,8 +51,8 @@ def reward(record: dict, response: str) -> tuple[float, str]:
     said = response.split("Answer:")
     if len(said) != 2:
         return -0.1, "no_answer"
-    right = words(said[1]) and words(said[1]) in [words(str(g)) for g in (golds if isinstance(golds, list) else [golds])]
-    return (1.0, "correct") if right else (0.0, "wrong")
+    golds, answer = golds if isinstance(golds, list) else [golds], words(said[1])
+    return (1.0, "correct") if answer and answer in [words(str(g)) for g in golds] else (0.0, "wrong")
 
 
 def words(text: str) -> list[str]:
@@ -76,7 +77,8 @@ def read_passages(path: str) -> list[str]:
                 record = json.loads(line)
                 passages.append(f"{record.get('title') or ''}\n{record['text'] + ''}".strip())
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{path}:{n}: not a passage; write {{"id": …, "title": …, "text": …}} on each line') from None
+                wanted = '{"id": …, "title": …, "text": …}'
+                raise ValueError(f"{path}:{n}: not a passage; write {wanted} on each line") from None
     if not passages:
         raise ValueError(f"there is no passage in {path}; choose another --corpus-file")
     return passages

@@ -36,6 +36,7 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import espl  # noqa: E402
+from pretrain_glyphs import save_weights  # noqa: E402  (beside this file)
 
 LLAMA = dict(model_type="llama", tie_word_embeddings=True, rms_norm_eps=1e-5, max_position_embeddings=32768)
 SHAPES = {  # config.json of the models whose shape is taken
@@ -83,7 +84,7 @@ def load(args) -> tuple[espl.Policy, Path]:
         (directory / "config.json").write_text(json.dumps(SHAPES[args.model] | {"dtype": args.dtype}))
         if args.vs:
             cfg = espl.read_model_config(str(directory), args.dtype)
-            espl.save_weights(directory, nnx.split(espl.Transformer(cfg, nnx.Rngs(0)), nnx.Param)[1], cfg)
+            save_weights(directory, nnx.split(espl.Transformer(cfg, nnx.Rngs(0)), nnx.Param)[1], cfg)
     cfg = espl.read_model_config(str(directory), args.dtype, args.lora_rank)
     if args.vs or args.model not in SHAPES:
         policy = espl.load_policy(str(directory), cfg, mesh)
@@ -244,7 +245,8 @@ def count_programs() -> list[float]:
 def print_search(sizes: list[int]) -> None:
     """Seconds that the search tool takes to start, and a query; passages of 80 words, the k-th of which has a
     probability of 1 / k."""
-    task, rng, vocabulary = espl.task_file("search"), np.random.default_rng(0), np.array([f"word{k}" for k in range(1, 50_001)])
+    task, rng = espl.task_file("search"), np.random.default_rng(0)
+    vocabulary = np.array([f"word{k}" for k in range(1, 50_001)])
     chances = 1 / np.arange(1, len(vocabulary) + 1)
     text = lambda n: " ".join(rng.choice(vocabulary, n, p=chances / chances.sum()))
     print("| passages | file | first start | later starts | a query | memory |\n| --- | --- | --- | --- | --- | --- |")

@@ -253,6 +253,18 @@ def make_optimizer() -> optax.GradientTransformation:
         jax.tree.map_with_path(lambda path, _: matrix if espl.path_name(path).endswith("kernel") else None, tree))
 
 
+def save_weights(directory: Path, weights, cfg: espl.ModelConfig) -> None:
+    """Write a model's weights (no adapter) as Hugging Face's model.safetensors."""
+    from safetensors.numpy import save_file
+    tensors = {}
+    for key, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]:
+        path, stacked = espl.path_name(key), espl.path_name(key).startswith("layers/")
+        for name, x in zip(espl.tensor_names(path, cfg), np.asarray(leaf) if stacked else [np.asarray(leaf)]):
+            name = name if name.startswith("lm_head") else f"model.{name}"
+            tensors[name] = np.ascontiguousarray(x.T if path.endswith("kernel") else x)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
 def pretrain(directory: Path, seed: int, texts: dict[str, str]) -> None:
     """Pretrain the model from scratch and write it to `directory`, in Hugging Face layout."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -283,7 +295,7 @@ def pretrain(directory: Path, seed: int, texts: dict[str, str]) -> None:
         batches = np.stack([lesson.batch((i + j) / PRETRAIN_STEPS) for j in range(at_once)])
         lesson.looks_up |= float(np.mean(losses)) < 0.45  # of the steps before: these lines wait for them
         state, losses = steps(state, batches)
-    espl.save_weights(directory, state[0], cfg)
+    save_weights(directory, state[0], cfg)
 
 
 def probe(directory: Path, texts: dict[str, str], questions: int = 400) -> dict[str, float]:
