@@ -23,9 +23,9 @@ Algorithm 1 of the paper, its statements numbered from "Initialize S", and where
     17-20  with p_crossover: Algorithm 2                                           crossover
     21     S.append(s', mu', sigma')                                               add_child
 
-Axes are suffixes of array names. In sections 3 and 4: M system prompts, B problems of a batch, N rollouts, and V is a
-mean reward. In sections 5 to 7: B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N/K, H head
-dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank. s is a system prompt, x a problem, y a response, c the Config; a slot is a
+Axes are suffixes of names. In sections 3 and 4: M system prompts, B problems of a batch, N rollouts; V_i is a mean
+reward over a batch, V[i,b] over one problem. In sections 5 to 7: B rows, T query tokens, S key tokens, N query heads, K
+key/value heads, G = N/K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank. A slot is a
 hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evolution, 5 RL update, 6 sampling, 7 model,
 8 tasks, 9 a run, its files and the program.
 
@@ -37,24 +37,26 @@ Where this file departs from the paper, and why:
  4. A validation split of the training problems picks the checkpoint; the test set only reports, and its questions are
     taken out of the training set. The paper's figures are running maxima over the test set.
  5. The KL term's gradient is that of the KL over the next token, given its prefix.
+ 6. Only prompts that strictly won a problem are parents of a crossover, and the best one must be among them (as in the
+    released code), so that crossover is rarer than p_crossover.
 And from its released code (LunjunZhang/E-SPL):
- 6. Distinct prompts only: a pool of fewer than M is not padded with copies, the others get the spare rollouts (equal
+ 7. Distinct prompts only: a pool of fewer than M is not padded with copies, the others get the spare rollouts (equal
     budgets), and the newest prompt is not forced into the batch, as neither text nor Algorithm 1 says so.
- 7. Principles go into the system turn, as the paper says, not after the problem (--prompt-role user for that).
- 8. Only what follows </think> is graded, and there only the last \\boxed{}, for which the root prompt asks. The code
+ 8. Principles go into the system turn, as the paper says, not after the problem (--prompt-role user for that).
+ 9. Only what follows </think> is graded, and there only the last \\boxed{}, for which the root prompt asks. The code
     grades the whole completion and asks for none.
- 9. J has line 8's 1/(NM), and 1/B for the batch; the code sums. Adam hardly sees the difference, --kl-coef does.
-10. The policy is the tempered softmax: sampler and trainer divide logits by one temperature. With top_p < 1 the sampler
+10. J has line 8's 1/(NM), and 1/B for the batch; the code sums. Adam hardly sees the difference, --max-grad-norm does.
+11. The policy is the tempered softmax: sampler and trainer divide logits by one temperature. With top_p < 1 the sampler
     renormalises and the trainer does not; the mean importance ratio is logged.
-11. A child that equals any earlier prompt is not added; the code appends a copy of its parent. The mutation child
+12. A child that equals any earlier prompt is not added; the code appends a copy of its parent. The mutation child
     comes before the crossover child, as in Algorithm 1; the code has them the other way round.
-12. A merged principle stands where its first source stood, as ids are read in order; the code puts it last. Set A of a
+13. A merged principle stands where the source named first stood; the code puts it last. Set A of a
     crossover is the best prompt, the others are lettered by age, not by rank, which the reflector need not know.
-13. Each operation is checked on its own and dropped alone: the code lets one bad item spoil the reply, "B.G0" overwrite
+14. Each operation is checked on its own and dropped alone: the code lets one bad item spoil the reply, "B.G0" overwrite
     A's G0, invented ids create principles, and later operations name a principle just added, whose id no one has seen.
-14. A principle that gives away a problem the reflector was shown, or its answer, is dropped (unless --allow-leaks).
-15. A batch without a learning signal is a logged no-op (there a crash); as there, an epoch's last batch may be partial.
-16. --resume restores Adam's state and the population exactly; the code loses the former and rewinds to the best test.
+15. A principle that gives away a problem the reflector was shown, or its answer, is dropped (unless --allow-leaks).
+16. A batch without a learning signal is a logged no-op (there a crash); as there, an epoch's last batch may be partial.
+17. --resume restores Adam's state and the population exactly; the code loses the former and rewinds to the best test.
 """
 
 from __future__ import annotations
@@ -185,7 +187,7 @@ class Config:
     reflect_tokens: int = flag(8192, "Reflection", "longest reply", low=1)
     max_principles: int = flag(40, "Reflection", "principles a prompt may have", low=1)
     max_principle_words: int = flag(64, "Reflection", "words a principle may have (it is asked for 32)", low=1)
-    allow_leaks: bool = flag(False, "Reflection", "keep principles that give away a problem reflected on, or its answer")
+    allow_leaks: bool = flag(False, "Reflection", "keep principles that give away a problem, or its answer")
 
     eval_every: int = flag(10, "Evaluation", "iterations between evaluations; the first is before training", low=1)
     test_samples: int = flag(10, "Evaluation", "responses to each problem", low=1)
@@ -232,12 +234,12 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     problems_B = next_problems(run, iteration)
     # Line 4: M system prompts. The rollouts of missing ones go to the others, so that every mode samples M B N.
     prompts_M = run.population[-1:] if c.mode == "reflection" else select(run.population, c, rng)
-    each, more = divmod(c.num_prompts * c.num_rollouts, len(prompts_M))
+    each, more = divmod(c.num_prompts * c.num_rollouts, len(prompts_M))  # of 15: 15, then 8 + 7, then 5 + 5 + 5
     # Lines 5-7: N solutions y_ij ~ pi_theta(. | s_i, x), rewards r_ij = R(x, y_ij), values V_i = mean_j r_ij
     groups = iter(sample_groups(run, [(s, x, each + (i < more)) for i, s in enumerate(prompts_M) for x in problems_B],
                                 "train", iteration))
     groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
-    values_M = [float(np.mean([g.value for g in row])) for row in groups_MB]
+    values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # exact, so that ties are
     learning, evolution = {}, {}
     if c.mode in ("espl", "rl"):  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
         with timed(run, "update"):
@@ -410,7 +412,7 @@ def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: 
             s.mu, s.sigma = v, 1.0
     elif len(prompts) > 1:
         env = trueskill.TrueSkill(mu=25.0, sigma=25.0 / 3, beta=25.0 / 6, tau=25.0 / 300, draw_probability=0.10)
-        order.sort(key=lambda i: (ranks[i], prompts[i].id))  # rounding must not depend on the order they came in
+        order.sort(key=lambda i: (ranks[i], prompts[i].id))  # tied prompts by age, whatever order they came in
         teams = [(env.create_rating(prompts[i].mu, prompts[i].sigma),) for i in order]
         for i, (r,) in zip(order, env.rate(teams, [ranks[i] for i in order])):
             prompts[i].mu, prompts[i].sigma = r.mu, r.sigma
@@ -423,7 +425,7 @@ def add_child(population: list[SystemPrompt], principles: list[str], parents: li
     """Append a child with its inherited rating (Alg. 1, lines 16 and 21; Alg. 2). Raises NoChild if it is not new.
 
     Its sigma is that of the parents' precision-weighted mean (for one parent, its own), widened by dsigma: it inherits
-    what is known of them, and so much uncertainty that it is soon tried.
+    what is known of them, but not that it has been tried.
     """
     if same := [s for s in population if s.principles == principles]:
         raise NoChild(f"nothing changed (equal to prompt {same[0].id}); a higher --reflect-temperature varies more")
@@ -558,7 +560,10 @@ def critique_slots(problem: Problem, principles: dict, summaries: list[tuple[str
 
 
 def aggregate_slots(principles: dict, proposals: list[dict]) -> tuple[dict, dict]:
-    """The principles with the proposed new ones as candidates C0, C1, …, and the slots of the aggregation request."""
+    """The principles with the proposed new ones as candidates C0, C1, …, and the slots of the aggregation request.
+
+    Candidates are in unless the plan merges them away; a proposed modification only if the plan repeats it.
+    """
     added = [" ".join(op["principle"].split()) for op in proposals if op["operation"] == "add"]
     candidates = principles | {f"C{i}": text for i, text in enumerate(added)}
     changes = [f"[{op['modified_from']}] -> {op['principle']}" for op in proposals if op["operation"] == "modify"]
@@ -673,7 +678,7 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
                 result[op["modified_from"]] = text
             case "remove":
                 del result[op["remove_id"]]
-            case "merge":  # the merged principle takes the place of its first source
+            case "merge":  # the merged principle takes the place of the source named first
                 first, *rest = dict.fromkeys(op["merged_from"])
                 result = {i: text if i == first else t for i, t in result.items() if i not in rest}
     unique = list({text.casefold(): text for text in result.values()}.values())
@@ -887,11 +892,12 @@ def cheapest_remat(cfg: ModelConfig, mesh, tokens: int) -> str:
     return "linear" if used < memory / 5 else "layer"
 
 # ======================================================================================================================
-# 6. Sampling: a queue of rollouts feeds a fixed number of rows of a batched key/value cache
+# 6. Sampling: a queue of rollouts feeds the rows of a batched key/value cache. In a row, positions before the next
+#    token's are valid; what stands behind them is left from earlier, and masked.
 #
 #   prompt tokens   p0 p1 … p(n-2) | p(n-1)       prefill writes p0 … p(n-2) into the cache, once for all samples of a
 #   cache position  0  1      n-2  |  n-1  n  …   prompt; every decode step then feeds one token, starting with p(n-1),
-#                                                 samples its successor and writes its key and value: no row waits.
+#                                                 samples its successor and writes its key and value.
 # ======================================================================================================================
 
 DECODE_CHUNK = 64  # decode steps between two looks of the host: ended rollouts leave, waiting ones take their rows
@@ -914,7 +920,7 @@ class Response:
     """
     tokens: list[int]
     logprobs: list[float | None]  # behaviour log-probability of each token; None: it is of a tool, nothing sampled it
-    stop: str = "length"  # "length": cut by max_new_tokens or by the context; "eos"; "calls": too many calls of tools
+    stop: str = "length"  # "length": cut by max_new_tokens or the context; "eos"; "calls": too many calls of tools
     calls: int = 0        # of tools
     turn: int = 0         # where the model's latest turn begins in `tokens`
 
@@ -952,8 +958,8 @@ def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int],
     environment(g, response), if given, looks at a response whenever more of it was sampled. None: it goes on. Or it
     cuts the response and returns the tokens of a tool's reply, after which the model goes on; [] ends the response.
 
-    A response depends on the weights, the seed, its prompt, g and its number alone, not on rows or company. A prompt
-    that leaves no room in the context gets empty responses with stop "length".
+    A response depends on the weights, the seed, its prompt, g and its number, and not, but for rounding, on rows or
+    company. A prompt that leaves no room in the context gets empty responses with stop "length".
     """
     room = [max(0, min(sampling.max_new_tokens, policy.context - len(p))) for p in prompts]
     responses = [[Response([], []) for _ in range(n)] for n in counts]
@@ -1008,13 +1014,14 @@ def resize(decoder: Decoder, waiting: bool) -> None:
     """A longer cache if a row might outgrow it in the next steps; fewer rows when few are left and none waits."""
     rows = decoder.rows
     live = [i for i, row in enumerate(rows) if row]
-    fewer = row_count(len(live), len(rows), decoder.policy.mesh.shape["data"])
-    fewer = len(rows) if waiting or fewer > len(rows) // 4 else fewer
     length = max(decoder.length, cache_length(decoder.policy, max(rows[i].position for i in live) + DECODE_CHUNK))
-    if (fewer, length) != (len(rows), decoder.length):
+    fewer = row_count(len(live), len(rows), decoder.policy.mesh.shape["data"])
+    if not waiting and fewer <= len(rows) // 4:
         kept = sorted(range(len(rows)), key=lambda i: rows[i] is None)[:fewer]
-        decoder.cache, decoder.length = resize_cache(decoder.cache, np.array(kept), length), length
-        decoder.rows = [rows[i] for i in kept]
+        decoder.cache, decoder.rows = resize_cache(decoder.cache, np.array(kept), length), [rows[i] for i in kept]
+    elif length > decoder.length:
+        decoder.cache = resize_cache(decoder.cache, None, length)
+    decoder.length = length
 
 
 def feed(decoder: Decoder) -> None:
@@ -1114,8 +1121,10 @@ def write_prefix(cache, prefix, row):
 
 @partial(jax.jit, static_argnames="length")  # not donated: no buffer has the new shape
 def resize_cache(cache, rows, length):
-    """The cache with only these rows, and room for `length` tokens in each."""
-    return jax.tree.map(lambda x: jnp.pad(x[rows], ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), cache)
+    """The cache with only these rows (None: all), and room for `length` tokens in each."""
+    kept = cache if rows is None else jax.tree.map(lambda x: x[rows], cache)
+    return jax.tree.map(lambda x: constrain(jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))),
+                                            "data", "model", None, None), kept)
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
@@ -1354,7 +1363,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Decoder-only language model; its L layers are stacked and scanned, so compile time does not grow with L."""
+    """Decoder-only language model; its L layers are stacked, and scanned but for calls with a cache."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -1958,7 +1967,7 @@ def grade(task: Task, pairs: list[tuple[Problem, str]]) -> list[tuple[float, str
             if not (math.isfinite(reward := float(reward)) and reward <= 1):
                 raise ValueError(f"a reward is a finite number, at most 1, not {reward}")
             word = "correct" if reward == 1 else "partly right" if reward > 0 else "wrong"
-            graded.append((reward, outcome or word))
+            graded.append((reward, str(outcome or word)))
         except Exception as e:
             failed = failed or f"reward of {task.name} failed, counted as 0: {first_line(e)}"
             graded.append((0.0, "error"))
@@ -2030,10 +2039,10 @@ def ask_math_verify(pairs: list[tuple[list[str], str]]) -> list[str]:
 def math_verify_process(seconds: int, max_bytes: int) -> None:
     """Prints a verdict for every line of its input; runs alone, as the main program of another process.
 
-    sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often in one C call which no exception interrupts. So each
-    answer gets a forked child, and the kernel enforces both limits on it: SIGALRM keeps its default action, which ends
-    the child whatever it is doing. As every child starts from the same state, no answer can spoil the next verdict.
-    math-verify's own timeouts, made of signals too, stay off.
+    sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often in one C call which no exception interrupts. So
+    each answer gets a forked child, and the kernel enforces both limits on it: SIGALRM keeps its default action, which
+    ends the child whatever it is doing. As every child starts from the same state, no answer can spoil the next
+    verdict. math-verify's own timeouts, made of signals too, stay off.
     """
     import contextlib, json, os, resource, signal, sys  # noqa: E401
     from math_verify import LatexExtractionConfig, parse, verify
@@ -2123,7 +2132,7 @@ class Run:
         try:
             with open(self.directory / file, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, TypeError) as e:
             warn(f"could not write {file}: {first_line(e)}")
 
 
@@ -2228,6 +2237,7 @@ def make_ask(run: Run, iteration: int) -> Callable[[str, list[dict]], list[str]]
 
 def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
     """Token ids of a filled-in request; while it is longer than `limit`, its longest slot loses its middle."""
+    slots = {name: CONTROL.sub(" ", text) for name, text in slots.items()}  # no rollout may end the request's turn
     while len(ids := chat.ids("", fill(template, slots))) > limit:
         name = max(slots, key=lambda n: len(slots[n]))
         keep, text, note = int(0.45 * len(slots[name]) * limit / len(ids)), slots[name], "\n[… cut …]\n"
@@ -2295,7 +2305,7 @@ def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) ->
         manager.save(iteration, args=ocp.args.Composite(
             weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(loop)))
         manager.wait_until_finished()
-    except Exception as e:  # a full disk: the run goes on, and the next iteration tries again
+    except Exception as e:  # a full disk: the run goes on, and the next checkpoint may succeed
         warn(f"could not save a checkpoint: {first_line(e)}")
 
 
@@ -2315,7 +2325,9 @@ def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
 
 def cut_logs(run: Run, iteration: int) -> int:
     """Drop what was logged after this iteration, which is about to be done again; returns the iteration."""
-    for path in run.directory.glob("*.jsonl"):
+    for path in (run.directory / f"{name}.jsonl" for name in ("metrics", "rollouts", "reflections")):
+        if not path.is_file():
+            continue
         part = path.with_name(path.name + ".part")
         with open(path, "rb") as old, open(part, "wb") as new:  # bytes: only \n ends a record
             for line in old:
@@ -2461,6 +2473,9 @@ def parse_args(argv: list[str]) -> Config:
         config = kind(**(saved or defaults) | given)
     for f in dataclasses.fields(kind):
         value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
+        choices, numbers = f.metadata.get("choices"), (int, float) if isinstance(f.default, float) else type(f.default)
+        if not isinstance(value, numbers) or choices and value not in choices:  # of a task file's DEFAULTS
+            raise UserError(f"--{f.name.replace('_', '-')} {value!r}: must be {choices or type(f.default).__name__}")
         if low is not None and not (low <= value <= (value if high is None else high) and math.isfinite(value)):
             limit = f"at least {low}" + (f" and at most {high}" if high else "")
             raise UserError(f"--{f.name.replace('_', '-')} {value}: must be {limit}")

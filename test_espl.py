@@ -2301,14 +2301,15 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
 
 @pytest.mark.parametrize("body, error", [
     ("raise KeyError('colour')", "'colour'"), ("return 'good'", "could not convert"), ("return 1.5", "at most 1"),
-    ("return float('nan')", "at most 1"), ("return 1, 2, 3", "too many"), ("return None", "NoneType")])
+    ("return float('nan')", "at most 1"), ("return float('-inf')", "finite"), ("return 1, 2, 3", "too many"),
+    ("return None", "NoneType")])
 def test_a_reward_that_fails_counts_as_0(world, tmp_path, capsys, body, error):
     """On every other response; the others get theirs, and the run goes on."""
     (tmp_path / "task.py").write_text(f"def reward(record, response):\n    if len(response) % 2:\n        {body}\n"
-                                      "    return 0.5, 'half'\n")
+                                      "    return 0.5, ['half']\n")
     run = play(flags(world, tmp_path / "run", iterations=1, task=tmp_path / "task.py"))
     lines = [(r["reward"], r["outcome"]) for r in read_lines(run, "rollouts.jsonl")]
-    assert set(lines) == {(0.0, "error"), (0.5, "half")} and len(metrics(run)) == 2
+    assert set(lines) == {(0.0, "error"), (0.5, "['half']")} and len(metrics(run)) == 2
     warnings = [w for w in capsys.readouterr().err.split("\n") if "reward of task failed" in w]
     assert 1 <= len(warnings) <= 5 and all(error in w for w in warnings)  # one for a batch of responses
 
@@ -2361,6 +2362,23 @@ def test_the_objective_is_a_mean_over_all_rollouts(world, tmp_path):
         rollouts = [(r["split"], r["iteration"]) for r in read_lines(run, "rollouts.jsonl")].count(("train", iteration))
         assert number == rollouts == (30 if iteration == 3 else 60)
     assert any(0 < len(samples) < 60 for samples, _ in given)
+
+
+def test_prompts_that_did_equally_well_tie_exactly(world, tmp_path):
+    """As means of means V_i of equal prompts would differ by rounding, which would then decide which one is mutated."""
+    rewards, seen = [[[1, 0, 0, 0, 0]] * 3 + [[0] * 5], [[1, 1, 1, 0, 0]] + [[0] * 5] * 3], []
+    prompts = [espl.SystemPrompt(i, [str(i)]) for i in range(2)]
+
+    def sampled(run, pairs, split, iteration, sample_groups=espl.sample_groups):
+        groups = sample_groups(run, pairs, split, iteration)
+        for (s, _, _), group, r in zip(pairs, groups, sum(rewards, [])) if split == "train" else ():
+            group.rewards = r
+        return groups
+
+    play(flags(world, tmp_path / "run", mode="evolution", num_prompts=2, iterations=1), sample_groups=sampled,
+         select=lambda *_: prompts, breed=lambda *_: {}, update_ratings=lambda _, values, *__: seen.append(values))
+    assert np.mean([np.mean(r) for r in rewards[0]]) != np.mean([np.mean(r) for r in rewards[1]])
+    assert seen == [[0.15, 0.15]]
 
 
 def test_a_gradient_that_is_not_finite_makes_no_step(world, tmp_path):
@@ -2433,6 +2451,8 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "task syntax": (lambda w, d: dict(task=task(d, "def")), "task.py does not load .*invalid syntax"),
     "task default": (lambda w, d: dict(task=task(d, "DEFAULTS = dict(colour=1)")), "task.py: .*DEFAULTS.*colour"),
     "task flag": (lambda w, d: dict(task=task(d, "FLAGS = {'seed': 1}")), "task.py: its FLAGS"),
+    "task choice": (lambda w, d: dict(task=task(d, "DEFAULTS = dict(loss='foo')")), "--loss 'foo': must be .*ppo"),
+    "task type": (lambda w, d: dict(task=task(d, "DEFAULTS = dict(kl_coef='1')")), "--kl-coef '1': must be float"),
     "task texts": (lambda w, d: dict(task=task(d, "PROMPTS = '[critique]'")), r"\[critique\].*lacks the slot"),
     "task tool": (lambda w, d: dict(task=task(d, "def tools(config):\n    return {'x': lambda y: y}")), "slot {tools}"),
     "task problems": (lambda w, d: dict(task=task(d, "def problems(config):\n    return [{}], []"), train_file=None),
@@ -2500,7 +2520,7 @@ def test_help_lists_every_flag(task, capsys):
     """With the defaults of the task, and its own flags."""
     with pytest.raises(SystemExit) as stop:
         espl.main(["--help", *(["--task", task] if task else [])])
-    text, module = capsys.readouterr().out, espl.task_file(task)
+    text, module = capsys.readouterr().out, espl.task_file(task or "glyphs")  # the default task
     entries = {e.split()[0].strip(","): " ".join(e.split()) for e in re.split(r"\n  (?=--)", text)}
     assert stop.value.code == 0 and ("--corpus-file" in entries) == (task == "search")
     for f in dataclasses.fields(espl.Config):
@@ -2611,6 +2631,12 @@ def test_a_think_that_the_template_opened_is_part_of_the_response(turn, text, fi
     chat = espl.Chat(SimpleNamespace(decode=decode))
     prompt, response = [1, 2, words[turn]], [words[w] for w in text.split()]
     assert espl.final_text(chat.text(response, prompt)) == final
+
+
+def test_no_rollout_ends_the_turn_of_a_request(chat, monkeypatch):
+    monkeypatch.setattr(espl.Chat, "ids", lambda self, system, user: user.split())
+    slots = {"a": "w2 <|im_end|> <end_of_turn> w3", "b": "</think>"}
+    assert espl.fit_request(chat, "w1 {a} {b} w9", slots, 50) == ["w1", "w2", "w3", "w9"]
 
 
 def test_fit_request_cuts_the_middle_with_a_note(chat, monkeypatch):
