@@ -439,7 +439,6 @@ def add_child(population: list[SystemPrompt], principles: list[str], parents: li
 
 # ---- Operators: a tournament's rollouts and the reflection model in, (principles, parents) of a child out
 
-
 class NoChild(Exception):
     """An operator made no child; the message says why."""
 
@@ -541,7 +540,6 @@ def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
 
 # ---- What the reflection model is shown
 
-
 def numbered(principles: list[str], prefix: str = "") -> dict[str, str]:
     """{"G0": first principle, …}, with a set's letter as prefix ("A.G0")."""
     return {f"{prefix}G{i}": text for i, text in enumerate(principles)}
@@ -578,7 +576,6 @@ def crossover_slots(sets: dict[str, list[str]], wins: list[tuple[str, int, Probl
 
 
 # ---- Operations: what a reflection may do to a list of principles
-
 
 STRING = r'"(?:[^"\\]|\\.)*+"'  # of JSON; possessive, so that hostile replies take linear time
 OBJECT = re.compile(r'\{(?:[^{}"]|' + STRING + r")*+\}", re.S)  # one without another object in it
@@ -1073,7 +1070,6 @@ def collect(decoder: Decoder, tokens: np.ndarray, logprobs: np.ndarray, environm
 
 # ---- On the devices
 
-
 def bucket(n: int, least: int = 128) -> int:
     """The power of two from `least` on that holds n: few distinct shapes, so few compilations."""
     return max(least, 1 << (int(n) - 1).bit_length())
@@ -1426,7 +1422,6 @@ class Transformer(nnx.Module):
 
 # ---- Layout on the `data x model` mesh
 
-
 SHARDING = (  # path of a weight -> its axes; activations and caches are constrained where they are made
     (r"embed|lm_head", P("model", None)),                                       # VD
     (r"layers/(q|k|v|gate|up)_proj/(kernel|lora_b)", P(None, None, "model")),   # L, in, out
@@ -1470,7 +1465,6 @@ def weight_sharding(path: str, shape, mesh) -> jax.sharding.NamedSharding:
 
 
 # ---- Directories in Hugging Face layout
-
 
 def find_model(name: str) -> str:
     """Local directory of a model, downloaded from the Hugging Face hub if it is not one already."""
@@ -1791,7 +1785,6 @@ def read_hub(name: str) -> list[Problem]:
 
 # ---- Words: prompts_seed.txt and the chat template
 
-
 def read_prompts(path: str, task: str = "", own: str = "") -> dict[str, str]:
     """The sections of a prompts file for a task. [TASK.name] goes before a task file's own, and these before others."""
     with explained(f"cannot read the prompts file {path}"):
@@ -1953,7 +1946,6 @@ def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
 
 
 # ---- Rewards
-
 
 def grade(task: Task, pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
     """(reward, outcome) of each (problem, final text of a response). A failing reward is 0, "error"; never raises."""
@@ -2213,7 +2205,6 @@ def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) ->
 
 # ---- The reflection model, and evaluation
 
-
 def make_ask(run: Run, iteration: int) -> Callable[[str, list[dict]], list[str]]:
     """The `ask` of a Tournament: requests of prompts_seed.txt answered by the reflection model, all in one batch."""
     c, calls = run.config, Counter()
@@ -2376,7 +2367,6 @@ def write_logs(run: Run, m: dict) -> None:
 
 # ---- The screen and the program
 
-
 HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
 
 
@@ -2390,9 +2380,9 @@ def print_line(run: Run, m: dict) -> None:
     if "loss" in m:
         parts.append(f"grad {short(m['grad_norm'], 2)} H {short(m['entropy'], 2)}")
     parts += ["no step"] * ("skipped" in m)
-    parts += [f"+{x['id']} from {', '.join(map(str, x['parents']))}" for x in m.get("children", {}).values()]
-    parts += [f"{sum(m['seconds'].values()):.1f} s"]
-    parts += [f"{split} {short(m[split])}" for split in ("val", "test") if split in m]
+    bred = [f"+{x['id']} from {', '.join(map(str, x['parents']))}" for x in m.get("children", {}).values()]
+    scores = [f"{split} {short(m[split])}" for split in ("val", "test") if split in m]
+    parts += filter(None, [" ".join(bred), f"{sum(m['seconds'].values()):.1f} s", " ".join(scores)])
     if m["iteration"] % 20 == 0:
         tqdm.write(HEADS)
     tqdm.write(" | ".join(parts))

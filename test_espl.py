@@ -2691,6 +2691,39 @@ def test_tested_prompt_is_the_surest_one_or_the_latest(changes, expected):
     assert espl.tested_prompt(run).id == expected
 
 
+def screen(capsys, run, **m):
+    seconds = m.pop("seconds", {"sample": 0.2, "update": 0.1})
+    espl.print_line(run, {"children": {}, "no_child": {}, "seconds": seconds} | m)
+    return capsys.readouterr()
+
+
+def test_a_line_an_iteration(capsys):
+    run = SimpleNamespace(barren=[])
+    m = dict(iteration=49, reward_mean=0.86, rewards={24: 0.9, 26: 0.9}, best=26, loss=0.0, grad_norm=0.384, entropy=0.112)
+    assert screen(capsys, run, **m, children={"mutation": {"id": 28, "parents": [26]}}).out == (
+        "  49 | reward .860 | best 26 .900 | grad .38 H .11 | +28 from 26 | 0.3 s\n")
+    skipped = dict(iteration=51, reward_mean=-0.1, rewards={0: -0.1}, skipped="no rollout with a learning signal")
+    assert screen(capsys, run, **skipped).out == "  51 | reward -.100 | best 0 -.100 | no step | 0.3 s\n"
+    heads, first = screen(capsys, run, iteration=0, val=0.25, test=1.0).out.rstrip("\n").split("\n")
+    assert heads == espl.HEADS and first == "   0 | 0.3 s | val .250 test 1.000"
+    wide = m | dict(iteration=2999, reward_mean=-0.1, best=299, rewards={299: 1.0}, grad_norm=12.3, entropy=1.2,
+                    seconds={"sample": 1234.5}, children={
+                        "mutation": {"id": 298, "parents": [297]}, "crossover": {"id": 299, "parents": [297, 290]}})
+    assert len(screen(capsys, run, **wide).out.rstrip("\n")) <= 110 and len(espl.HEADS) <= 110
+
+
+def test_the_screen_says_why_nothing_is_bred_only_after_ten_iterations(capsys):
+    """With the most frequent reason, whatever the numbers in it; a child starts the count anew."""
+    run, said = SimpleNamespace(barren=[]), []
+    for i in range(1, 35):
+        why = f"no valid proposal ({i} of 99 critiques did not parse); read" if i % 3 else "nothing changed (equal to 3)"
+        child = {"mutation": {"id": 1, "parents": [0]}} if i == 4 else {}
+        said += [(i, screen(capsys, run, iteration=i, children=child, no_child={} if child else {"mutation": why}).err)]
+    assert [i for i, err in said if err] == [14, 24, 34]
+    assert said[13][1] == ("espl: warning: no child for ten iterations, mostly: no valid proposal (14 of 99 critiques did "
+                           "not parse); read\n")
+
+
 @pytest.mark.parametrize("c, n, k, expected", [(0, 4, 2, 0), (1, 4, 1, 0.25), (1, 4, 2, 0.5), (3, 4, 2, 1)])
 def test_pass_at_k(c, n, k, expected):
     assert espl.pass_at_k(c, n, k) == pytest.approx(expected)
