@@ -857,7 +857,7 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
     for T, left in sorted(by_length.items(), reverse=True):
         left.sort(key=lambda s: numbers[tuple(s.prompt)])
         while left:
-            B = row_count(len(left), max(1, max_tokens // (T + S)), row_multiple)
+            B = row_count(max(len(left), 1024 // T), max(1, max_tokens // (T + S)), row_multiple)
             prompts = len({tuple(s.prompt) for s in left[:B]})
             prompts = -(-B // 4) if prompts <= B // 4 else B
             yield pack(left[:B], (B, T), (-(-prompts // row_multiple) * row_multiple, S))
@@ -2353,13 +2353,14 @@ def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[
 
 
 def write_logs(run: Run, m: dict) -> None:
-    """The iteration's line of metrics.jsonl, population.json, and after an evaluation the pictures."""
+    """The iteration's line of metrics.jsonl, population.json, and the pictures, of quick runs only at the end."""
     m["seconds"] = dict(run.seconds)
     run.append("metrics.jsonl", [m])
     try:
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
-        if "test" in m and REPORT.is_file():
+        slow = "test" in m and sum(run.seconds.values()) > 10
+        if REPORT.is_file() and (slow or m["iteration"] == last_iteration(run)):
             load_file(REPORT)["draw"](run.directory)
     except Exception as e:
         warn(f"could not write population.json or a picture: {first_line(e)}")
