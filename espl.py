@@ -521,14 +521,14 @@ def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
     return principles, [prompts[i] for i in wins]
 
 
-OPERATORS = {  # name: (operator, its chance in an iteration); logs and pictures know no others
+OPERATORS = {  # name: (operator, its chance in an iteration); add one here, nothing else needs to know
     "mutation": (mutate, lambda c: 1.0),
     "crossover": (crossover, lambda c: c.p_crossover if c.num_prompts > 1 and c.mode != "reflection" else 0.0),
 }
 
 
 def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
-    """{prompt: problems it strictly won}, the best prompt first; {} if it, or all others, won none (Alg. 2, Phi)."""
+    """{prompt: problems it strictly won}, the best first; {} unless the best and another won one   (Alg. 2, Phi)."""
     if len(values_MB) < 2:
         return {}
     second, first = np.sort(values_MB, axis=0)[-2:]
@@ -577,6 +577,7 @@ def crossover_slots(sets: dict[str, list[str]], wins: list[tuple[str, int, Probl
 
 # ---- Operations: what a reflection may do to a list of principles
 
+CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # could leave its turn when tokenised
 STRING = r'"(?:[^"\\]|\\.)*+"'  # of JSON; possessive, so that hostile replies take linear time
 OBJECT = re.compile(r'\{(?:[^{}"]|' + STRING + r")*+\}", re.S)  # one without another object in it
 ESCAPE = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq); group 1: a backslash to be doubled
@@ -593,7 +594,7 @@ def parse_operations(reply: str) -> list[dict] | None:
     fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
     for block in [*fenced[::-1], re.split(r"\[(?=\s*\{)", text)[-1], text]:
         operations = [op for op in map(read_object, OBJECT.findall(block)) if "operation" in op]
-        if operations or re.search(r"(?<!= )\[\s*\]$", block.rstrip("`*. \n")):
+        if operations or re.search(r"(?<!= )\[\s*\]$", block.rstrip("`*. \n")):  # an empty list ends it
             return operations
     return None
 
@@ -829,7 +830,7 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
         # The table is frozen: d log pi / d hidden is all that the backward pass needs, and it is found here.
         [slope] = pull(jax.nn.one_hot(target, logits.shape[-1]) - jnp.exp(logp))
         chosen, slope = jax.lax.stop_gradient((chosen, slope.astype(jnp.float32)))
-        moved = hidden.astype(jnp.float32) - jax.lax.stop_gradient(hidden).astype(jnp.float32)  # 0, with a gradient
+        moved = hidden.astype(jnp.float32) - jax.lax.stop_gradient(hidden).astype(jnp.float32)  # value 0, gradient 1
         return chosen + jnp.sum(slope * moved, -1), entropy
 
     if not model.cfg.lora_rank:
@@ -859,7 +860,7 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
         while left:
             B = row_count(max(len(left), 1024 // T), max(1, max_tokens // (T + S)), row_multiple)
             prompts = len({tuple(s.prompt) for s in left[:B]})
-            prompts = -(-B // 4) if prompts <= B // 4 else B
+            prompts = -(-B // 4) if prompts <= B // 4 else B  # two shapes, not one for every number
             yield pack(left[:B], (B, T), (-(-prompts // row_multiple) * row_multiple, S))
             left = left[B:]
 
@@ -1403,7 +1404,7 @@ class Transformer(nnx.Module):
 
         def layer(x_BTD, xs):
             weights, rope, window, old = xs
-            before = old and tuple(x[owner_B] for x in (*old, prefix_position))  # of each row, its prompt's
+            before = old and tuple(x[owner_B] for x in (*old, prefix_position))  # [prompts, …] -> [rows, …]
             return nnx.merge(graphdef, weights)(x_BTD, cos[rope], sin[rope], position_BT, window, before)
 
         if remat:
@@ -1887,7 +1888,6 @@ def final_text(text: str) -> str:
 
 # ---- Tools: functions of keyword arguments that return a text. Signature and docstring are what the model is told.
 
-CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # could leave its turn when tokenised
 TAGS = re.compile(r"</?tool_(?:call|response)>")
 LONGEST_CALL = 4_000  # characters
 
@@ -1907,7 +1907,7 @@ def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list
     """The `environment` of `generate`: if the model's turn holds a call of a tool, cuts the response after it and
     returns the tokens of the reply, or [] after too many calls."""
     start, tag = r.turn, "</tool_call>"
-    seen = max(start, len(r.tokens) - DECODE_CHUNK - 16)  # what is before was looked at before
+    seen = max(start, len(r.tokens) - DECODE_CHUNK - 16)  # before was looked at before; the tag has under 16 tokens
     called = lambda end: tag in run.chat.text(r.tokens[seen:end], special=True)
     if not called(len(r.tokens)):
         return None

@@ -2699,7 +2699,8 @@ def screen(capsys, run, **m):
 
 def test_a_line_an_iteration(capsys):
     run = SimpleNamespace(barren=[])
-    m = dict(iteration=49, reward_mean=0.86, rewards={24: 0.9, 26: 0.9}, best=26, loss=0.0, grad_norm=0.384, entropy=0.112)
+    m = dict(iteration=49, reward_mean=0.86, rewards={24: 0.9, 26: 0.9}, best=26, loss=0.0, grad_norm=0.384,
+             entropy=0.112)
     assert screen(capsys, run, **m, children={"mutation": {"id": 28, "parents": [26]}}).out == (
         "  49 | reward .860 | best 26 .900 | grad .38 H .11 | +28 from 26 | 0.3 s\n")
     skipped = dict(iteration=51, reward_mean=-0.1, rewards={0: -0.1}, skipped="no rollout with a learning signal")
@@ -2716,12 +2717,12 @@ def test_the_screen_says_why_nothing_is_bred_only_after_ten_iterations(capsys):
     """With the most frequent reason, whatever the numbers in it; a child starts the count anew."""
     run, said = SimpleNamespace(barren=[]), []
     for i in range(1, 35):
-        why = f"no valid proposal ({i} of 99 critiques did not parse); read" if i % 3 else "nothing changed (equal to 3)"
+        why = f"no valid proposal ({i} of 99 critiques did not parse)" if i % 3 else "nothing changed (equal to 3)"
         child = {"mutation": {"id": 1, "parents": [0]}} if i == 4 else {}
         said += [(i, screen(capsys, run, iteration=i, children=child, no_child={} if child else {"mutation": why}).err)]
     assert [i for i, err in said if err] == [14, 24, 34]
-    assert said[13][1] == ("espl: warning: no child for ten iterations, mostly: no valid proposal (14 of 99 critiques did "
-                           "not parse); read\n")
+    assert said[13][1] == ("espl: warning: no child for ten iterations, mostly: no valid proposal (14 of 99 critiques "
+                           "did not parse)\n")
 
 
 @pytest.mark.parametrize("c, n, k, expected", [(0, 4, 2, 0), (1, 4, 1, 0.25), (1, 4, 2, 0.5), (3, 4, 2, 1)])
