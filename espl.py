@@ -858,10 +858,13 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
     for T, left in sorted(by_length.items(), reverse=True):
         left.sort(key=lambda s: numbers[tuple(s.prompt)])
         while left:
-            B = row_count(max(len(left), 1024 // T), max(1, max_tokens // (T + S)), row_multiple)
-            prompts = len({tuple(s.prompt) for s in left[:B]})
-            prompts = -(-B // 4) if prompts <= B // 4 else B  # two shapes, not one for every number
-            yield pack(left[:B], (B, T), (-(-prompts // row_multiple) * row_multiple, S))
+            for share in (4, 1):  # rows to a prompt: if not at least four on average, as if every row had its own
+                most = max(1, int(max_tokens / (T + S / share)))
+                B = row_count(max(len(left), 1024 // T), most, row_multiple)
+                num_prompts = -(-B // share // row_multiple) * row_multiple
+                if len({tuple(s.prompt) for s in left[:B]}) <= num_prompts:
+                    break
+            yield pack(left[:B], (B, T), (num_prompts, S))
             left = left[B:]
 
 

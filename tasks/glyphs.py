@@ -18,7 +18,7 @@ DEFAULTS = dict(  # what such a small model needs instead of the paper's values
     model="tasks/glyphs_model", lora_rank=0, train_size=416, learning_rate=3e-4,
     max_grad_norm=1.0, temperature=1.0, top_p=1.0, max_new_tokens=32, iterations=60, reflect_on="failures",
     reflect_problems=4, max_operations=1, reflect_tokens=128, reflect_temperature=0.5, max_principles=14,
-    test_samples=2, test_greedy=True, save_every=10)
+    test_samples=2, test_greedy=True, save_every=10, microbatch_tokens=7200)
 
 PROMPTS = """
 [system]
