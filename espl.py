@@ -1080,8 +1080,8 @@ def bucket(n: int, least: int = 128) -> int:
 
 
 def row_count(needed: int, most: int, multiple: int) -> int:
-    """8, 32, 128, … rows for `needed` of them, at most `most`, then rounded up to be divisible among the devices."""
-    rows = min(most, 8 * 4 ** max(0, math.ceil(math.log(needed / 8, 4))))
+    """1, 8, 32, 128, … rows for `needed` of them, at most `most`, then rounded up to be divisible among the devices."""
+    rows = min(most, 1 if needed == 1 else 8 * 4 ** max(0, math.ceil(math.log(needed / 8, 4))))
     return -(-rows // multiple) * multiple
 
 
