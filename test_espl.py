@@ -933,6 +933,17 @@ def test_eight_devices_compute_what_one_does(lora_rank, shape):
                 assert_same(a, b, atol=1e-4)
 
 
+def test_a_longer_cache_is_sharded_as_before():
+    """Not whole on every device, which the compiler chose where nothing was said."""
+    mesh = make_mesh(4, 2)
+    with jax.set_mesh(mesh):
+        cfg = tiny_policy().cfg
+        cache = jax.jit(espl.new_cache, static_argnums=(0, 1, 2))(cfg, 8, 128)
+        for rows, n in ((None, 8), (np.arange(4), 4)):
+            for x in jax.tree.leaves(espl.resize_cache(cache, rows, 256)):
+                assert x.shape == (n, 2, 256, 8) and x.addressable_shards[0].data.shape == (n // 4, 1, 256, 8)
+
+
 def test_the_eos_token_is_trained(policy):
     prompt, eos = RAGGED[0], 7
     before = response_logprobs(policy, prompt, [eos], 1.0)[0]
@@ -1108,6 +1119,8 @@ def test_prompts_file_sections(tmp_path):
     by_name = espl.read_prompts(str(tmp_path / "p.txt"), "math", own)  # this file's, for they bear the task's name
     assert by_name["principles"] == "one \n\ntwo"
     assert espl.read_prompts(str(tmp_path / "p.txt"), "x", own)["critique"].endswith("{answer}")
+    (tmp_path / "q.txt").write_text((tmp_path / "p.txt").read_text() + "[my-task.principles]\nfour\n")  # with a hyphen
+    assert espl.read_prompts(str(tmp_path / "q.txt"), "my-task")["principles"] == "four"
     with pytest.raises(espl.UserError, match=r"\[critique\].*lacks the slot"):
         espl.read_prompts(str(tmp_path / "p.txt"), "other", own)
 
