@@ -239,7 +239,7 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     groups = iter(sample_groups(run, [(s, x, each + (i < more)) for i, s in enumerate(prompts_M) for x in problems_B],
                                 "train", iteration))
     groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
-    values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # exact, so that ties are
+    values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # no mean of means: ties are exact
     learning, evolution = {}, {}
     if c.mode in ("espl", "rl"):  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
         with timed(run, "update"):
@@ -336,13 +336,14 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
 
 
 def to_samples(groups_MB: list[list[Group]], c: Config) -> list[Sample]:
-    """Rollouts with advantages r - V[i,b] (or r minus the mean over all prompts); groups without any are left out."""
+    """Rollouts with advantages r - V[i,b] (or r minus the mean over all prompts). Groups in which all are 0 are left
+    out, unless the KL term pulls on them."""
     samples = []
     for b in range(len(groups_MB[0])):
         marginal = float(np.mean([r for row in groups_MB for r in row[b].rewards]))
         for group in (row[b] for row in groups_MB):
             advantages = [r - (group.value if c.baseline == "prompt" else marginal) for r in group.rewards]
-            if c.kl_coef or max(map(abs, advantages)) > 1e-9:  # the KL term also pulls on groups without advantage
+            if c.kl_coef or max(map(abs, advantages)) > 1e-9:
                 samples += [Sample(group.prompt_ids, y.tokens, y.logprobs, a)
                             for y, a in zip(group.responses, advantages) if y.stop != "length" or not c.mask_truncated]
     return samples
@@ -1721,11 +1722,11 @@ def load_task(c: Config) -> Task:
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
     parts = []
-    for file, names, records, name in zip((c.train_file, c.test_file), hub, made, ("--train-file", "--test-file")):
+    for file, names, records, flag_name in zip((c.train_file, c.test_file), hub, made, ("--train-file", "--test-file")):
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
         found += [] if file else [x for name in names for x in read_hub(name)]
         if not found:
-            raise UserError(f"there is no problem in {file or names or c.task}; choose another {name}")
+            raise UserError(f"there is no problem in {file or names or c.task}; choose another {flag_name}")
         parts.append(list({x.question: x for x in reversed(found)}.values())[::-1])  # of duplicates the first
     rng, (train, test) = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), parts
     seen = {x.question for x in test}
