@@ -239,7 +239,7 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     groups = iter(sample_groups(run, [(s, x, each + (i < more)) for i, s in enumerate(prompts_M) for x in problems_B],
                                 "train", iteration))
     groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
-    values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # no mean of means: ties are exact
+    values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # so ties are exact
     learning, evolution = {}, {}
     if c.mode in ("espl", "rl"):  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
         with timed(run, "update"):
