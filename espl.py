@@ -84,8 +84,9 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 for _name, _value in {"TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_VERBOSITY": "error",
-                      "DATASETS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}.items():
-    os.environ.setdefault(_name, _value)  # libraries speak only when something is wrong
+                      "DATASETS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error",
+                      "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}.items():
+    os.environ.setdefault(_name, _value)  # libraries speak only when something is wrong; of a GPU's memory all but 8 %
 
 import jax  # noqa: E402  (after the environment is set)
 import jax.numpy as jnp
@@ -95,6 +96,7 @@ import orbax.checkpoint as ocp
 import trueskill
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
@@ -793,7 +795,7 @@ def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, ob
     return -total(term - objective.kl_coef * penalty) / num_rollouts, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
 
 
-zeros_like = jax.jit(partial(jax.tree.map, jnp.zeros_like))  # one compilation, not one for each shape
+zeros_like = jax.jit(lambda tree: laid_out(jax.tree.map(jnp.zeros_like, tree)))  # one compilation for all shapes
 
 
 @partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
@@ -801,14 +803,20 @@ def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollou
     """Add a microbatch's gradient of -J to `gradient`; also its metrics."""
     new, metrics = jax.grad(loss_and_metrics, has_aux=True)(
         theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat)
-    return jax.tree.map(jnp.add, gradient, new), metrics
+    return laid_out(jax.tree.map(jnp.add, gradient, new)), metrics
 
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnames=("theta", "opt_state"))
 def adam_step(optimizer, theta, opt_state, gradient):
     """theta <- theta + alpha * Adam(grad J)."""
     updates, opt_state = optimizer.update(gradient, opt_state, theta)
-    return optax.apply_updates(theta, updates), opt_state, optax.tree.norm(gradient)
+    return laid_out(optax.apply_updates(theta, updates)), laid_out(opt_state), optax.tree.norm(gradient)
+
+
+@partial(jax.jit, static_argnames="optimizer")
+def adam_init(optimizer, theta):
+    """Adam's state, its moments sharded as the weights."""
+    return laid_out(optimizer.init(theta))
 
 
 def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float):
@@ -862,24 +870,27 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
             for share in (4, 1):  # rows to a prompt: if not at least four on average, as if every row had its own
                 most = max(1, int(max_tokens / (T + S / share)))
                 B = row_count(max(len(left), 1024 // T), most, row_multiple)
-                num_prompts = -(-B // share // row_multiple) * row_multiple
-                if len({tuple(s.prompt) for s in left[:B]}) <= num_prompts:
+                num_prompts, rows = -(-B // share // row_multiple), B // row_multiple  # of a shard
+                parts = [left[i: min(i + rows, B)] for i in range(0, B, rows)]
+                if max(len({tuple(s.prompt) for s in part}) for part in parts) <= num_prompts:
                     break
-            yield pack(left[:B], (B, T), (num_prompts, S))
+            packed = [pack(part, (rows, T), (num_prompts, S)) for part in parts]
+            yield {name: np.concatenate([p[name] for p in packed]) for name in packed[0]}
             left = left[B:]
 
 
 def pack(samples: list[Sample], shape: tuple[int, int], prompt_shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """A batch of rows [B, T], and the prompts that own them, without their last tokens, with which the rows begin."""
+    """A shard of a batch: rows [B, T], and the prompts that own them, without their last tokens, with which the rows
+    begin. owner: [1, B]."""
     prompts = list(dict.fromkeys(tuple(s.prompt) for s in samples))
     rows = [(s.prompt[-1:] + s.tokens[:-1], len(s.prompt) - 1) for s in samples]
     batch = dict(zip(("prompt", "prompt_position"), padded([(p[:-1], 0) for p in prompts], *prompt_shape)))
     batch |= dict(zip(("token", "position"), padded(rows, *shape)))
-    batch |= {"target": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool), "owner": np.zeros(shape[0], np.int32),
+    batch |= {"target": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool), "owner": np.zeros((1, shape[0]), np.int32),
               "behaviour": np.zeros(shape, np.float32), "advantage": np.zeros(shape[0], np.float32)}
     for i, s in enumerate(samples):
         n = len(s.tokens)
-        batch["owner"][i], batch["advantage"][i] = prompts.index(tuple(s.prompt)), s.advantage
+        batch["owner"][0, i], batch["advantage"][i] = prompts.index(tuple(s.prompt)), s.advantage
         batch["target"][i, :n], batch["mask"][i, :n] = s.tokens, [p is not None for p in s.logprobs]
         batch["behaviour"][i, :n] = [p or 0.0 for p in s.logprobs]
     return batch
@@ -903,6 +914,7 @@ def cheapest_remat(cfg: ModelConfig, mesh, tokens: int) -> str:
 # ======================================================================================================================
 
 DECODE_CHUNK = 64  # decode steps between two looks of the host: ended rollouts leave, waiting ones take their rows
+PIECE = 1024       # tokens that enter the cache at once: short prompts together, long replies in pieces
 
 
 class Sampling(NamedTuple):
@@ -938,19 +950,20 @@ class Row:
     token: int            # the next token to feed
     position: int         # and its position
     remaining: int        # how many it may still sample; 0 after an end token
-    reply: list[int] = field(default_factory=list)  # of a tool: tokens before `token` that are not in the cache yet
+    reply: list[int] = field(default_factory=list)  # tokens before `token` that are not in the cache yet, as a tool's
 
 
 @dataclass
 class Decoder:
     """The cache, the rollouts that own its rows (None: free), and the weights in the form that decoding takes."""
     policy: Policy
-    weights: tuple        # graphdef, theta, frozen
-    layers: list          # of the model, one by one
+    weights: tuple        # graphdef, theta, frozen; and the model's layers, one by one
+    prompts: list[list[int]]
     rows: list[Row | None]
     length: int           # tokens that a row may hold now
     cache: list           # keys and values [B, K, S, H] for each layer
-    prefix: tuple = (-1, None)  # the prompt that was prefilled last, and its keys and values
+    parked: list[Row] = field(default_factory=list)  # have outgrown the cache while shorter ones wait or decode
+    prefix: tuple = ((), None)  # the prompts that were prefilled last, and their keys and values
 
 
 def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int], sampling: Sampling,
@@ -969,76 +982,142 @@ def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int],
     queue = deque(Row(g, r, key(g, j), len(p), room[g], p[-1], len(p) - 1, room[g])
                   for g, p in enumerate(prompts) for j, r in enumerate(responses[g]) if room[g])
     if queue:
-        decoder = new_decoder(policy, theta, queue)
+        decoder = new_decoder(policy, theta, prompts, queue)
         stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
         with progress(total=len(queue), desc=sampling.label) as bar:
-            while queue or any(decoder.rows):
-                admit(decoder, queue, prompts)
-                resize(decoder, waiting=bool(queue))
+            while queue or decoder.parked or any(decoder.rows):
+                resize(decoder, queue)
+                admit(decoder, queue)
                 feed(decoder)
                 bar.update(collect(decoder, *decode(decoder, sampling, stop_ids), environment))
     return responses
 
 
-def new_decoder(policy: Policy, theta, queue) -> Decoder:
-    """An empty cache with as many rows as the queue needs and memory allows."""
+def new_decoder(policy: Policy, theta, prompts: list[list[int]], queue) -> Decoder:
+    """An empty cache for the queue's prompts, with as many rows as are needed and memory allows."""
     theta = jax.tree_util.tree_map_with_path(  # cast once, not in every step; norms stay in float32, as in training
         lambda path, w: w if path_name(path).endswith("scale") else w.astype(policy.cfg.dtype), theta)
     weights = policy.graphdef, theta, policy.frozen
-    B = row_count(len(queue), most_rows(policy, max(row.start + row.room for row in queue)), policy.mesh.shape["data"])
     length = cache_length(policy, max(row.start for row in queue) + DECODE_CHUNK)
+    B = rows_for(policy, len(queue), length)
     cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(policy.cfg, B, length)
-    return Decoder(policy, weights, unstack(*weights), [None] * B, length, cache)
+    return Decoder(policy, (*weights, unstack(*weights)), prompts, [None] * B, length, cache)
 
 
-def most_rows(policy: Policy, tokens: int) -> int:
-    """How many rollouts decode at once, if each row may grow to so many tokens."""
-    return min(policy.max_rows, max(1, policy.cache_tokens // cache_length(policy, tokens)))
-
+# ---- The queue. Its policy, two functions of lengths alone, is what tools/plan.py simulates.
 
 def cache_length(policy: Policy, tokens: int) -> int:
-    """Few distinct lengths, so few compilations, and none longer than the context needs."""
-    return min(bucket(tokens), -(-policy.context // 128) * 128)
+    """The length of a cache that holds so many tokens in a row: powers of two, beyond 4,096 with quarters between them,
+    and none longer than the context needs. Few distinct lengths, so few compilations."""
+    n = bucket(tokens)
+    n = next(n * k // 8 for k in (5, 6, 7, 8) if tokens <= n * k // 8) if tokens > 4096 else n
+    return min(n, -(-policy.context // 128) * 128)
 
 
-def admit(decoder: Decoder, queue, prompts: list[list[int]]) -> None:
-    """Waiting rollouts take free rows; their prompt is prefilled once for all of them, as they are neighbours."""
-    for i in [i for i, row in enumerate(decoder.rows) if row is None][: len(queue)]:
-        row = decoder.rows[i] = queue.popleft()
-        if row.group != decoder.prefix[0]:
-            prompt = prompts[row.group][:-1]
-            parts = padded([(prompt, 0)], 1, cache_length(decoder.policy, len(prompt)))
-            decoder.prefix = row.group, prefill(*decoder.weights, *parts)
-        decoder.cache = write_prefix(decoder.cache, decoder.prefix[1], i)
+def rows_for(policy: Policy, needed: int, length: int) -> int:
+    """How many of the needed rows decode at once in a cache of this length: as memory allows, at least one a shard."""
+    most, shards = min(policy.max_rows, policy.cache_tokens // length), row_shards(policy.cfg)
+    return row_count(needed, max(1, most - most % shards), shards, 4 if length <= 1024 else 2)
 
 
-def resize(decoder: Decoder, waiting: bool) -> None:
-    """A longer cache if a row might outgrow it in the next steps; fewer rows when few are left and none waits."""
-    rows = decoder.rows
+def next_shape(live: list[int], parked: list[int], waiting: int, rows: int, length: int, rows_for, cache_length):
+    """Which rollouts leave the cache, and its rows and length for the next steps: ([indices in live], rows, length).
+
+    live, parked: the tokens that a rollout in the cache, or put aside, will hold then. The cache is as long as its
+    longest rollout, so memory for many short ones is memory for few long ones. When it is short, the short come first:
+    what outgrows the cache is put aside until no one waits, then a longer cache with fewer rows goes on with those
+    left. Who was put aside is prefilled again, cheap beside decoding in few rows; nobody is for more than 2 log2 of
+    its length times.
+    """
+    full = [i for i, n in enumerate(live) if n > length]
+    longer = cache_length(max([*live, *parked], default=length))
+    if waiting:
+        room = not full or rows_for(rows, longer) >= rows
+        return [] if room else full, rows, longer if full and room else length
+    if full or parked:
+        most = rows_for(2**30, longer)
+        leave = full[max(0, len(full) - max(0, len(live) - most)):]
+        if len(live) - len(leave) <= most:
+            return leave, min(rows, rows_for(len(live) + len(parked), longer)), longer
+        return leave, rows, length
+    fewer = rows_for(len(live), length)
+    return [], fewer if fewer <= rows // (4 if length <= 1024 else 2) else rows, length
+
+
+def resize(decoder: Decoder, queue) -> None:
+    """Gives the cache its next shape; when it gets longer, those put aside come back into the queue."""
+    policy, rows, shards = decoder.policy, decoder.rows, row_shards(decoder.policy.cfg)
+    holds = lambda row: min(row.position + DECODE_CHUNK, row.start + row.room)
     live = [i for i, row in enumerate(rows) if row]
-    length = max(decoder.length, cache_length(decoder.policy, max(rows[i].position for i in live) + DECODE_CHUNK))
-    fewer = row_count(len(live), len(rows), decoder.policy.mesh.shape["data"])
-    if not waiting and fewer <= len(rows) // 4:
-        kept = sorted(range(len(rows)), key=lambda i: rows[i] is None)[:fewer]
-        decoder.cache, decoder.rows = resize_cache(decoder.cache, np.array(kept), length), [rows[i] for i in kept]
-    elif length > decoder.length:
-        decoder.cache = resize_cache(decoder.cache, None, length)
+    leave, B, length = next_shape([holds(rows[i]) for i in live], [holds(row) for row in decoder.parked], len(queue),
+                                  len(rows), decoder.length, partial(rows_for, policy), partial(cache_length, policy))
+    for i in (live[j] for j in leave):
+        decoder.parked.append(rows[i])
+        rows[i] = None
+    if length > decoder.length:
+        queue.extend(decoder.parked)
+        decoder.parked = []
+    kept = None
+    if B < len(rows):  # each shard keeps its own, the live ones first
+        each = np.array_split(np.arange(len(rows)), shards)
+        order = [sorted(own, key=lambda i: rows[i] is None) for own in each]
+        queue.extend(rows[i] for own in order for i in own[B // shards:] if rows[i])
+        kept = np.array([own[: B // shards] for own in order])
+        decoder.rows = [rows[i] for i in kept.flat]
+        kept = (kept % len(each[0])).astype(np.int32)
+    if B < len(rows) or length > decoder.length:
+        for i, layer in enumerate(decoder.cache):  # one after the other, so that the cache never exists twice
+            decoder.cache[i] = resize_layer(layer, kept, policy.cfg, length)
     decoder.length = length
 
 
+def admit(decoder: Decoder, queue) -> None:
+    """Waiting rollouts take free rows. A prompt is prefilled once for all of its rollouts, as they are neighbours."""
+    rows, free = decoder.rows, deque(i for i, row in enumerate(decoder.rows) if row is None)
+    while free and queue:
+        groups, source_B = decoder.prefix[0], np.full(len(rows), -1, np.int32)
+        while free and queue and (queue[0].response.tokens or queue[0].group in groups):
+            i, row = free.popleft(), queue.popleft()
+            rows[i] = row
+            if row.response.tokens:  # put aside earlier: `feed` gives back what it had
+                row.reply = (decoder.prompts[row.group] + row.response.tokens)[: row.position]
+            else:
+                source_B[i] = groups.index(row.group)
+        if max(source_B) >= 0:
+            decoder.cache = write_prefix(decoder.cache, decoder.prefix[1], source_B, decoder.policy.cfg)
+        if free and queue:
+            decoder.prefix = prefill_next(decoder, queue)
+
+
+def prefill_next(decoder: Decoder, queue) -> tuple:
+    """The next prompts of the queue, at most PIECE tokens of them or one, and their keys and values."""
+    groups = list(dict.fromkeys(row.group for row in queue if not row.response.tokens))
+    prompts = [decoder.prompts[g][:-1] for g in groups]
+    length = cache_length(decoder.policy, len(prompts[0]))
+    fit = next((n for n, p in enumerate(prompts) if len(p) > length), len(prompts))
+    P = row_count(fit, max(1, PIECE // length), 1)
+    parts = [(p, 0) for p in prompts[: min(fit, P)]]
+    return groups[: len(parts)], prefill(*decoder.weights[:3], *padded(parts, P, length))
+
+
 def feed(decoder: Decoder) -> None:
-    """The replies of tools enter the cache, many rows at once; rows are in different turns."""
-    waiting = [i for i, row in enumerate(decoder.rows) if row and row.reply]
-    for indices in (waiting[i: i + 16] for i in range(0, len(waiting), 16)):  # not all: scores are [B, N, T, S]
-        rows = [decoder.rows[i] for i in indices]
-        B = row_count(len(rows), len(decoder.rows), decoder.policy.mesh.shape["data"])
-        parts = padded([(row.reply, row.position - len(row.reply)) for row in rows], B,
-                       bucket(max(len(row.reply) for row in rows), 64))
-        index_B = np.array(indices + [len(decoder.rows)] * (B - len(rows)))  # beyond the last row: padding
-        decoder.cache = extend(*decoder.weights, decoder.layers, decoder.cache, index_B, *parts)
+    """What was said already (the reply of a tool, all of a rollout that was put aside) enters the cache, many rows at
+    once and in pieces: scores are [B, N, T, S]."""
+    rows, shards = decoder.rows, row_shards(decoder.policy.cfg)
+    width = len(rows) // shards
+    while waiting := [i for i, row in enumerate(rows) if row and row.reply]:
+        T = next(T for T in (64, 256, PIECE) if T == PIECE or max(len(rows[i].reply) for i in waiting) <= T)
+        each = row_count(len(waiting), max(1, min(width, 4 * PIECE // T // shards)), 1)
+        chosen = [[i for i in waiting if i // width == d][:each] for d in range(shards)]
+        parts, index = [], np.full((shards, each), width, np.int32)  # beyond the last row: padding
+        for d, own in enumerate(chosen):
+            index[d, : len(own)] = [i % width for i in own]
+            parts += [(rows[i].reply[:T], rows[i].position - len(rows[i].reply)) for i in own]
+            parts += [([], 0)] * (each - len(own))
+        decoder.cache = extend(*decoder.weights, decoder.cache, index, *padded(parts, shards * each, T))
         jax.block_until_ready(decoder.cache)  # simulated devices may wait for ever on two programs in flight
-        for row in rows:
-            row.reply = []
+        for row in (rows[i] for own in chosen for i in own):
+            row.reply = row.reply[T:]
 
 
 def decode(decoder: Decoder, sampling: Sampling, stop_ids) -> tuple[np.ndarray, np.ndarray]:
@@ -1047,7 +1126,7 @@ def decode(decoder: Decoder, sampling: Sampling, stop_ids) -> tuple[np.ndarray, 
     rows = [row or idle for row in decoder.rows]
     state = [np.array([getattr(row, name) for row in rows]) for name in ("token", "position", "remaining", "key")]
     decoder.cache, *state, tokens, logprobs = decode_chunk(
-        *decoder.weights, decoder.layers, decoder.cache, *state, stop_ids, sampling.temperature, sampling.top_p)
+        *decoder.weights, decoder.cache, *state, stop_ids, sampling.temperature, sampling.top_p)
     for row, *state in zip(rows, *(x.tolist() for x in map(np.asarray, state))):
         row.token, row.position, row.remaining = state
     return np.asarray(tokens), np.asarray(logprobs)
@@ -1080,9 +1159,9 @@ def bucket(n: int, least: int = 128) -> int:
     return max(least, 1 << (int(n) - 1).bit_length())
 
 
-def row_count(needed: int, most: int, multiple: int) -> int:
+def row_count(needed: int, most: int, multiple: int, step: int = 4) -> int:
     """1, 8, 32, 128, … rows for `needed` of them, at most `most`, then rounded up to be divisible among the devices."""
-    rows = min(most, 1 if needed == 1 else 8 * 4 ** max(0, math.ceil(math.log(needed / 8, 4))))
+    rows = min(most, 1 if needed == 1 else 8 * step ** max(0, math.ceil(math.log(max(needed, 1) / 8, step))))
     return -(-rows // multiple) * multiple
 
 
@@ -1096,8 +1175,7 @@ def padded(parts: list[tuple[list[int], int]], rows: int, length: int):
 
 def new_cache(cfg: ModelConfig, rows: int, length: int):
     """Empty cache of `rows` sequences of up to `length` tokens: keys and values [B, K, S, H] for each layer."""
-    empty = lambda: constrain(jnp.zeros((rows, cfg.num_kv_heads, length, cfg.head_dim), cfg.dtype),
-                              "data", "model", None, None)
+    empty = lambda: constrain(jnp.zeros((rows, cfg.num_kv_heads, length, cfg.head_dim), cfg.dtype), *cache_spec(cfg))
     return [(empty(), empty()) for _ in range(cfg.num_layers)]
 
 
@@ -1108,35 +1186,38 @@ def unstack(graphdef, theta, frozen):
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def prefill(graphdef, theta, frozen, token_1T, position_1T):
-    """Keys and values of a prompt, each [L, 1, K, T, H]. No logits are computed."""
-    return nnx.merge(graphdef, theta, frozen)(token_1T, position_1T)[1]
+def prefill(graphdef, theta, frozen, token_PT, position_PT):
+    """Keys and values of prompts, each [L, P, K, T, H]. No logits are computed."""
+    prefix = nnx.merge(graphdef, theta, frozen)(token_PT, position_PT)[1]
+    return jax.tree.map(lambda x: constrain(x, None, None, "model", None, None), prefix)  # on every shard of the rows
 
 
-@partial(jax.jit, donate_argnames="cache")
-def write_prefix(cache, prefix, row):
-    """The cache with a prefilled prompt in one of its rows."""
-    return [tuple(jax.lax.dynamic_update_slice(old, new[i], (row, 0, 0, 0)) for old, new in zip(layer, prefix))
-            for i, layer in enumerate(cache)]
+@partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
+def write_prefix(cache, prefix, source_B, cfg):
+    """The cache with prefilled prompts at the start of some rows; source_B: which prompt, -1: none."""
+    def write(old_BKSH, new_PKTH):
+        start = jnp.where((source_B >= 0)[:, None, None, None], new_PKTH[source_B], old_BKSH[:, :, :new_PKTH.shape[2]])
+        return constrain(jax.lax.dynamic_update_slice(old_BKSH, start, (0, 0, 0, 0)), *cache_spec(cfg))
+    return [tuple(write(old, new[i]) for old, new in zip(layer, prefix)) for i, layer in enumerate(cache)]
 
 
-@partial(jax.jit, static_argnames="length")  # not donated: no buffer has the new shape
-def resize_cache(cache, rows, length):
-    """The cache with only these rows (None: all), and room for `length` tokens in each."""
-    kept = cache if rows is None else jax.tree.map(lambda x: x[rows], cache)
-    return jax.tree.map(lambda x: constrain(jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))),
-                                            "data", "model", None, None), kept)
+@partial(jax.jit, static_argnames=("cfg", "length"))  # not donated: no buffer has the new shape
+def resize_layer(layer, row_DR, cfg, length):
+    """A layer's cache with only these rows (None: all), and room for `length` tokens in each."""
+    def resized(x):
+        x = x if row_DR is None else take_rows(x, row_DR)
+        return constrain(jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), *cache_spec(cfg))
+    return jax.tree.map(resized, layer)
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def extend(graphdef, theta, frozen, layers, cache, row_B, token_BT, position_BT):
+def extend(graphdef, theta, frozen, layers, cache, row_DR, token_BT, position_BT):
     """The cache with more tokens in some of its rows, which see those before them. A row beyond the last is padding."""
-    rows = jax.tree.map(lambda x: x.at[row_B].get(mode="clip"), cache)
-    _, rows = nnx.merge(graphdef, theta, frozen)(token_BT, position_BT, None, rows, layers)
-    return jax.tree.map(lambda x, new: x.at[row_B].set(new, mode="drop"), cache, rows)
+    return nnx.merge(graphdef, theta, frozen)(token_BT, position_BT, None, cache, layers, row_DR)[1]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "top_p"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("graphdef", "top_p"), donate_argnames="cache",
+         compiler_options={"xla_gpu_dot_merger_threshold_mb": 0})  # else XLA on GPUs keeps q, k, v merged: a third copy
 def decode_chunk(graphdef, theta, frozen, layers, cache, token_B, position_B, remaining_B, key_B, eos_E, temperature,
                  top_p):
     """Up to DECODE_CHUNK steps for all rows; stops early when none has tokens left.
@@ -1168,22 +1249,23 @@ def sample_token(key_B, logits_BV, temperature, top_p: float):
     """One token for each row and its log-probability, both [B], from the tempered (and cut) distribution; the most
     probable token if the temperature is 0.
 
-    First a block of up to 256 neighbouring tokens is drawn by its probability, then one of them: the same distribution
-    with V / 256 + 256 random numbers (Gumbel-max) instead of V.
+    First one of 64 blocks of neighbouring tokens is drawn by its probability, then one of its tokens: the same
+    distribution with 64 + V / 64 random numbers (Gumbel-max) instead of V. Devices that share V exchange little else.
     """
     draws = temperature > 0
     logits_BV = logits_BV / jnp.where(draws, temperature, 1.0)  # the policy IS the tempered distribution
     if top_p < 1:
         logits_BV = nucleus(logits_BV, jnp.where(draws, top_p, 1.0))
-    (B, V), width = logits_BV.shape, math.gcd(logits_BV.shape[1], 256)
-    blocks = logits_BV.reshape(B, V // width, width)
-    mass = jax.nn.logsumexp(blocks, -1)
-    keys, draw = jax.vmap(jax.random.split)(key_B), jax.vmap(jax.random.categorical)
-    block_B = draw(keys[:, 0], mass)
-    within_B = draw(keys[:, 1], jnp.take_along_axis(blocks, block_B[:, None, None], 1)[:, 0])
-    token_B = jnp.where(draws, block_B * width + within_B, jnp.argmax(logits_BV, -1))
-    logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0]
-    return token_B.astype(jnp.int32), logit_B - jax.nn.logsumexp(mass, -1)
+    (B, V), n = logits_BV.shape, math.gcd(logits_BV.shape[1], 64)
+    blocks = constrain(logits_BV.reshape(B, n, V // n), P.UNCONSTRAINED, "model", None)
+    mass, keys = jax.nn.logsumexp(blocks, -1), jax.vmap(jax.random.split)(key_B)
+    pick = lambda i, scores: jnp.argmax(scores + jnp.where(draws, jax.vmap(
+        lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys[:, i]), 0.0), -1)
+    block_B = pick(0, jnp.where(draws, mass, blocks.max(-1)))
+    chosen = jnp.where((jnp.arange(n) == block_B[:, None])[:, :, None], blocks, -jnp.inf).max(1)  # [B, V / n]
+    within_B = pick(1, chosen)
+    logit_B = jnp.take_along_axis(chosen, within_B[:, None], -1)[:, 0]
+    return (block_B * (V // n) + within_B).astype(jnp.int32), logit_B - jax.nn.logsumexp(mass, -1)
 
 
 def nucleus(logits_BV, top_p):
@@ -1239,6 +1321,7 @@ class ModelConfig:
     dtype: str = "float32"           # of activations and frozen weights; norms and trained weights stay float32
     lora_rank: int = 0               # R; 0 = no adapter, every weight is trained
     lora_alpha: float = 32.0
+    split_length: bool = False       # too large for a copy on each device along data: the cache is split by length
 
 
 class Linear(nnx.Module):
@@ -1258,29 +1341,32 @@ class Linear(nnx.Module):
             self.lora_b = nnx.LoRAParam(jnp.zeros((cfg.lora_rank, d_out)))
 
     def __call__(self, x):  # [..., d_in] -> [..., d_out]
-        y = matmul(x, self.kernel[...].astype(x.dtype))
+        y = matmul(x, self.kernel[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None:
-            y = y + matmul(matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype)) * self.scale
+            y = y + matmul(matmul(x, self.lora_a[...]), self.lora_b[...]) * self.scale
         return checkpoint_name(y, "linear")
 
 
 @jax.custom_vjp
 def matmul(x, w):
-    """x W. Its gradient x^T g is written so that the smaller of x and g is transposed: XLA on CPUs copies it first."""
-    return x @ w
+    """x W in x's precision, with W's gradient in W's own: it is summed over tokens and devices before it is rounded.
+
+    The smaller of x and g is transposed for x^T g: XLA on CPUs copies it first.
+    """
+    return x @ w.astype(x.dtype)
 
 
 def matmul_backward(saved, g):
     """(g W^T, x^T g), the latter of shape [a, b] for x [..., a] and g [..., b]."""
     x, w = saved
     wide = w.shape[1] >= w.shape[0]
-    dw = jnp.einsum("...a,...b->ab", *((x, g) if wide else (g, x)))
-    return g @ w.T, dw if wide else dw.T
+    dw = jnp.einsum("...a,...b->ab", *((x, g) if wide else (g, x)), preferred_element_type=w.dtype)
+    return g @ w.astype(g.dtype).T, dw if wide else dw.T
 
 
-matmul.defvjp(lambda x, w: (x @ w, (x, w)), matmul_backward)
+matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), matmul_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -1339,7 +1425,7 @@ class Block(nnx.Module):
         if cfg.post_norms:
             self.attention_post_norm, self.mlp_post_norm = RMSNorm(cfg, D), RMSNorm(cfg, D)
 
-    def __call__(self, x_BTD, cos, sin, position_BT, window, prefix=None, cache=None):
+    def __call__(self, x_BTD, cos, sin, position_BT, window, prefix=None, cache=None, row_DR=None):
         """The residual stream after this layer, and keys and values: the cache with the new ones, or these alone."""
         cfg, (B, T, _) = self.cfg, x_BTD.shape
         h = self.attention_norm(x_BTD)
@@ -1348,10 +1434,11 @@ class Block(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).swapaxes(1, 2), v.swapaxes(1, 2)
         key_position_BS, new = position_BT, (k, v)
-        if cache is not None:  # a token at position p lives there in its row; padding (position >= S) is dropped
-            rows, heads = jnp.arange(B)[:, None, None], jnp.arange(k.shape[1])[None, :, None]
-            new = k, v = tuple(old.at[rows, heads, position_BT[:, None]].set(x, mode="drop")
-                               for old, x in zip(cache, new))
+        if cache is not None:
+            all_DR = jnp.broadcast_to(jnp.arange(B // (D := row_shards(cfg, B))), (D, B // D))
+            new = tuple(constrain(write_tokens(old, x, position_BT, all_DR if row_DR is None else row_DR),
+                                  *cache_spec(cfg)) for old, x in zip(cache, new))
+            k, v = new if row_DR is None else (take_rows(x, row_DR) for x in new)
             key_position_BS = jnp.broadcast_to(jnp.arange(k.shape[2]), (B, k.shape[2]))
         elif prefix is not None:
             k, v = (jnp.concatenate(x, 2) for x in zip(prefix[:2], new))
@@ -1360,7 +1447,24 @@ class Block(nnx.Module):
         x_BTD = x_BTD + (self.attention_post_norm(h) if cfg.post_norms else h)
         h = self.mlp_norm(x_BTD)
         h = self.down_proj(getattr(jax.nn, cfg.activation)(self.gate_proj(h)) * self.up_proj(h))
-        return constrain(x_BTD + (self.mlp_post_norm(h) if cfg.post_norms else h), "data", None, None), new
+        return x_BTD + (self.mlp_post_norm(h) if cfg.post_norms else h), new
+
+
+def take_rows(x, row_DR):
+    """[D * R, …] of x [D * rows, …]: D shards give R of their own rows each, so that nothing is sent."""
+    D, R = row_DR.shape
+    taken = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x.reshape(D, -1, *x.shape[1:]), row_DR)
+    return taken.reshape(D * R, *x.shape[1:])
+
+
+def write_tokens(cache_BKSH, x_RKTH, position_RT, row_DR):
+    """The cache with a token at position p there, in those rows of each of D shards; padding (a position >= S, a row
+    beyond the last) is dropped."""
+    def write(cache, x, position, row):
+        return cache.at[row[:, None, None], jnp.arange(x.shape[1])[:, None], position[:, None]].set(x, mode="drop")
+
+    apart = [x.reshape(len(row_DR), -1, *x.shape[1:]) for x in (cache_BKSH, x_RKTH, position_RT)]
+    return jax.vmap(write)(*apart, row_DR).reshape(cache_BKSH.shape)
 
 
 class Transformer(nnx.Module):
@@ -1378,38 +1482,47 @@ class Transformer(nnx.Module):
         self.layers = stack(rngs)
 
     def unstacked(self) -> list[Block]:
-        """The layers one by one, for calls with a cache."""
+        """The layers one by one, for sampling."""
         graphdef, weights = nnx.split(self.layers)
-        return [nnx.merge(graphdef, jax.tree.map(lambda w: w[i], weights)) for i in range(self.cfg.num_layers)]
+        def layer(i):
+            return jax.tree_util.tree_map_with_path(
+                lambda path, w: constrain(w[i], *weight_spec(f"layers/{path_name(path)}", self.cfg)[1:]), weights)
+        return [nnx.merge(graphdef, layer(i)) for i in range(self.cfg.num_layers)]
 
-    def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, remat=""):
+    def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, row_DR=None, remat=""):
         """Final hidden states [B, T, D], and these tokens' keys and values.
 
         Padding, left or right, is any token at PAD_POSITION. Queries see the given tokens and either of
-          prefix: (what an earlier call on prompts returned, their positions [prompts, S], the prompt of each row [B]);
+          prefix: (what an earlier call on prompts returned, their positions [prompts, S], the prompt of each row,
+            counted within its shard [shards, rows]);
           cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned;
-          layers may hold what `unstacked` returns.
-        Without a cache the keys and values are returned stacked, each [L, B, K, T, H]. remat: what the backward pass
-        computes again, "" nothing, "layer" all of a layer, "linear" all but the outputs of its linear maps.
+            row_DR: only these of its rows, counted within their shard, are in the batch.
+        With a cache the layers (what `unstacked` returned, if given) are called in a loop, as in a scan every step would
+        copy each layer's weights and cache. Without one the keys and values are returned stacked, [L, B, K, T, H].
+        remat: what the backward pass computes again, "" nothing, "layer" all of a layer, "linear" all but the outputs
+        of its linear maps.
         """
         cfg = self.cfg
+        spread = lambda x: constrain(x, None if cache and cfg.split_length else "data", None, None)
         x_BTD = self.embed[...][token_BT].astype(cfg.dtype) * jnp.asarray(cfg.embedding_scale, cfg.dtype)
-        x_BTD = constrain(x_BTD, "data", None, None)
+        x_BTD = spread(x_BTD)
         angle = position_BT[None, :, :, None] * jnp.array(cfg.rope_frequencies, jnp.float32)[:, None, None, :]
         cos, sin = jnp.cos(angle).astype(cfg.dtype), jnp.sin(angle).astype(cfg.dtype)  # [kinds, B, T, H/2]
-        if cache is not None:  # a loop: in a scan every step would copy each layer's weights and cache
-            new = []
+        if cache is not None:
+            keys_values = []
             for block, rope, window, old in zip(layers or self.unstacked(), cfg.layer_rope, cfg.layer_window, cache):
-                x_BTD, layer_cache = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old)
-                new.append(layer_cache)
-            return self.final_norm(x_BTD), new
+                x_BTD, new = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old, row_DR=row_DR)
+                x_BTD = spread(x_BTD)
+                keys_values.append(new)
+            return self.final_norm(x_BTD), keys_values
         graphdef, weights = nnx.split(self.layers)
-        keys_values, prefix_position, owner_B = prefix or (None, None, None)
+        keys_values, prefix_position, owner_DR = prefix or (None, None, None)
 
         def layer(x_BTD, xs):
             weights, rope, window, old = xs
-            before = old and tuple(x[owner_B] for x in (*old, prefix_position))  # [prompts, …] -> [rows, …]
-            return nnx.merge(graphdef, weights)(x_BTD, cos[rope], sin[rope], position_BT, window, before)
+            before = old and tuple(take_rows(x, owner_DR) for x in (*old, prefix_position))  # [prompts, …] -> [rows, …]
+            x_BTD, new = nnx.merge(graphdef, weights)(x_BTD, cos[rope], sin[rope], position_BT, window, before)
+            return spread(x_BTD), new
 
         if remat:
             keep = jax.checkpoint_policies.save_only_these_names("linear") if remat == "linear" else None
@@ -1427,13 +1540,28 @@ class Transformer(nnx.Module):
 
 # ---- Layout on the `data x model` mesh
 
-SHARDING = (  # path of a weight -> its axes; activations and caches are constrained where they are made
-    (r"embed|lm_head", P("model", None)),                                       # VD
-    (r"layers/(q|k|v|gate|up)_proj/(kernel|lora_b)", P(None, None, "model")),   # L, in, out
-    (r"layers/(o|down)_proj/(kernel|lora_a)", P(None, "model", None)),
+BOTH = ("model", "data")
+SHARDING = (  # path of a weight, or of its gradient or moments -> its axes
+    (r"embed|lm_head", P("model", None)),                                   # VD
+    (r"layers/(q|k|v|gate|up)_proj/kernel", P(None, None, BOTH)),           # L, in, out
+    (r"layers/(o|down)_proj/kernel", P(None, BOTH, None)),
+    (r"layers/(q|k|v|gate|up)_proj/lora_b", P(None, None, "model")),
+    (r"layers/(o|down)_proj/lora_a", P(None, "model", None)),
     (r"layers/(q|k|v|gate|up)_proj/bias", P(None, "model")),
-    (r"", P()),                                                                 # norms and the rest: on every device
+    (r"", P()),                                                             # norms and the rest: on every device
 )
+
+
+def weight_spec(path: str, sampler: ModelConfig | None = None) -> P:
+    """Axes of the weight at `path`. While sampling a layer is whole on each of the devices along data, unless it is so
+    large that the cache is split by length (cfg.split_length)."""
+    spec = next(s for pattern, s in SHARDING if re.search(pattern, path))
+    return P(*("model" if a == BOTH else a for a in spec)) if sampler and not sampler.split_length else spec
+
+
+def cache_spec(cfg: ModelConfig) -> P:
+    """Axes of keys and values [B, K, S, H]."""
+    return P(None, "model", "data", None) if cfg.split_length else P("data", "model", None, None)
 
 
 def make_mesh(model_parallel: int):
@@ -1441,21 +1569,39 @@ def make_mesh(model_parallel: int):
     n = len(jax.devices())
     if n % model_parallel:
         raise UserError(f"--model-parallel {model_parallel} does not divide the {n} devices")
-    auto = (jax.sharding.AxisType.Auto,) * 2  # the compiler lays out what is not constrained
-    mesh = jax.make_mesh((n // model_parallel, model_parallel), ("data", "model"), axis_types=auto)
-    jax.set_mesh(mesh)
+    grid = mesh_utils.create_device_mesh((n // model_parallel, model_parallel), allow_split_physical_axes=True)
+    mesh = jax.sharding.Mesh(grid, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    jax.set_mesh(mesh)  # Auto: the compiler lays out what is not constrained
     return mesh
 
 
 def fit_spec(spec, shape, mesh) -> P:
     """The spec without the axes that do not divide their dimension (7 heads over 2 devices: not sharded)."""
-    return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape)))
+    def fit(axes, n):
+        if axes is P.UNCONSTRAINED:
+            return axes
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        while n % math.prod(mesh.shape[a] for a in axes):
+            axes = axes[:-1]
+        return axes[0] if len(axes) == 1 else axes or None
+    return P(*map(fit, spec, shape))
+
+
+def row_shards(cfg: ModelConfig, rows: int = 0) -> int:
+    """The parts into which so many rows of a cache are split on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or cfg.split_length else math.gcd(rows, mesh.shape["data"])
 
 
 def constrain(x, *spec):
     """with_sharding_constraint on the current mesh; no mesh, no constraint."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, mesh))
+
+
+def laid_out(tree):
+    """Weights, or what has their paths (a gradient, Adam's moments), constrained to their layout."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *weight_spec(path_name(path))), tree)
 
 
 def path_name(path) -> str:
@@ -1465,8 +1611,7 @@ def path_name(path) -> str:
 
 def weight_sharding(path: str, shape, mesh) -> jax.sharding.NamedSharding:
     """Layout of the weight at `path` according to SHARDING."""
-    spec = next(s for pattern, s in SHARDING if re.search(pattern, path))
-    return jax.sharding.NamedSharding(mesh, fit_spec(spec, shape, mesh))
+    return jax.sharding.NamedSharding(mesh, fit_spec(weight_spec(path), shape, mesh))
 
 
 # ---- Directories in Hugging Face layout
@@ -1582,11 +1727,15 @@ def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh
     sharding, names = weight_sharding(path, leaf.shape, mesh), tensor_names(path, cfg)
     transposed, stacked = path.endswith("kernel"), path.startswith("layers/")  # torch keeps [out, in]
 
+    shards = {}  # each is read once, however many devices hold it
+
     def read(index):  # index: for every axis of the stacked weight, the slice that one device holds
-        inner = index[stacked:][::-1] if transposed else index[stacked:]
-        parts = [tensors[name][inner] for name in (names[index[0]] if stacked else names)]
-        parts = [p.T if transposed else p for p in parts]
-        return (np.stack(parts) if stacked else parts[0]).astype(leaf.dtype)
+        if (key := str(index)) not in shards:
+            inner = index[stacked:][::-1] if transposed else index[stacked:]
+            parts = [tensors[name][inner] for name in (names[index[0]] if stacked else names)]
+            parts = [p.T if transposed else p for p in parts]
+            shards[key] = (np.stack(parts) if stacked else parts[0]).astype(leaf.dtype)
+        return shards[key]
 
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
@@ -2150,7 +2299,7 @@ def start_run(c: Config) -> Run:
     steps = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
     optimizer = optax.chain(*steps, optax.adam(c.learning_rate, b1=0.9, b2=0.95, eps=1e-8))
     optimizer = optax.apply_if_finite(optimizer, 2**30)  # one infinite gradient must not end a week's run
-    trainer = Trainer(policy, optimizer, jax.jit(optimizer.init)(policy.theta),
+    trainer = Trainer(policy, optimizer, adam_init(optimizer, policy.theta),
                       Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef), c.microbatch_tokens)
     c.run_dir = c.run_dir or f"runs/{task.name}-{c.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(c.run_dir)
@@ -2168,7 +2317,7 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
     mesh = make_mesh(c.model_parallel)
     directory = find_model(c.model)
     dtype = c.dtype if c.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    cfg = read_model_config(directory, dtype, c.lora_rank, c.lora_alpha)
+    cfg = fit_layout(read_model_config(directory, dtype, c.lora_rank, c.lora_alpha), mesh, device_memory()["bytes_limit"])
     with explained(f"cannot read the tokenizer in {directory}"):
         tokenizer = AutoTokenizer.from_pretrained(directory)
     if c.context > cfg.max_context:
@@ -2176,21 +2325,42 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
     policy = load_policy(directory, cfg, mesh, c.seed)
     policy.eos_ids, policy.context = stop_tokens(directory, tokenizer, cfg.vocab_size), c.context or cfg.max_context
     policy.max_rows = c.max_rows or (64 if jax.default_backend() == "cpu" else 512)
-    policy.cache_tokens, tag = cache_tokens(policy), tokenizer("</tool_call>", add_special_tokens=False).input_ids
+    policy.cache_tokens, tag = cache_tokens(policy, device_memory()), tokenizer("</tool_call>", add_special_tokens=False).input_ids
     policy.pause_ids = tuple(tag) if len(tag) == 1 else ()
     return policy, Chat(tokenizer, c.prompt_role, c.thinking)
 
 
-def cache_tokens(policy: Policy) -> int:
-    """Tokens of key/value cache that fit: 35 % of the free accelerator memory, as a growing cache exists twice."""
-    stats, cfg, mesh = jax.local_devices()[0].memory_stats() or {}, policy.cfg, policy.mesh.shape
-    if "bytes_limit" not in stats:  # not known on CPU
-        return 2**40
-    adam = 2 * sum(w.nbytes for w in jax.tree.leaves(policy.theta)) / len(jax.devices())  # does not exist yet,
-    layers = sum(w.nbytes for w in jax.tree.leaves((policy.frozen, policy.theta))) / mesh["model"]  # nor does `unstack`
-    shards = mesh["data"] * (mesh["model"] if cfg.num_kv_heads % mesh["model"] == 0 else 1)
+def device_memory() -> dict[str, float]:
+    """What an accelerator says of its memory, in bytes (bytes_limit, bytes_in_use); on CPU there is no limit."""
+    return {"bytes_limit": math.inf, "bytes_in_use": 0} | (jax.local_devices()[0].memory_stats() or {})
+
+
+def shard_bytes(tree, mesh, sampler: ModelConfig | None = None) -> int:
+    """Bytes on one device of weights (or their shapes, or what has their paths), in the sampler's layout or at rest."""
+    def size(path, x):
+        spec = fit_spec(weight_spec(path_name(path), sampler), x.shape, mesh)
+        return math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(size(*leaf) for leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
+def fit_layout(cfg: ModelConfig, mesh, memory: float) -> ModelConfig:
+    """Decides split_length: if whole layers on each device along data took more than two fifths of its memory, bytes."""
+    weights = jax.eval_shape(lambda: nnx.state(Transformer(cfg, nnx.Rngs(0))))
+    return dataclasses.replace(cfg, split_length=shard_bytes(weights, mesh, cfg) > 0.4 * memory)
+
+
+def token_bytes(cfg: ModelConfig, mesh) -> float:
+    """Bytes of key/value cache on one device for each token in it."""
     token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
-    return int(0.35 * (stats["bytes_limit"] - stats["bytes_in_use"] - adam - layers) * shards / token)
+    return token / mesh.shape["data"] / (1 if cfg.num_kv_heads % mesh.shape["model"] else mesh.shape["model"])
+
+
+def cache_tokens(policy: Policy, memory: dict[str, float]) -> int:
+    """Tokens of cache that fit: 85 % of what weights, Adam's moments and the layers in the sampler's form leave free."""
+    cfg, mesh = policy.cfg, policy.mesh
+    taken = 2 * shard_bytes(policy.theta, mesh) + shard_bytes((policy.frozen, policy.theta), mesh, cfg)
+    free = memory["bytes_limit"] - memory["bytes_in_use"] - taken
+    return int(min(2**40, max(0.0, 0.85 * free / token_bytes(cfg, mesh))))
 
 
 def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:
@@ -2508,11 +2678,12 @@ def main(argv: list[str] | None = None) -> int:
         run = start_run(c)
         task, cfg = run.task, run.policy.cfg
         longest = max(len(rollout_ids(task, run.chat, task.root, x)) for x in task.train) + c.max_new_tokens
+        longest = cache_length(run.policy, min(longest, run.policy.context))
         print(f"{c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
               f"problems, {last_iteration(run)} iterations\n{c.model} ({cfg.dtype}, "
               f"{f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on {len(jax.devices())} "
-              f"{jax.default_backend()} device(s), up to {most_rows(run.policy, min(longest, run.policy.context))} "
-              f"rollouts at once\nwriting {run.directory}", flush=True)
+              f"{jax.default_backend()} device(s), at least {rows_for(run.policy, 2**30, longest)} rollouts at once"
+              f"\nwriting {run.directory}", flush=True)
         train(run)
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)

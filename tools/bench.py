@@ -91,7 +91,7 @@ def load(args) -> tuple[espl.Policy, Path]:
     else:
         policy = espl.make_policy(espl.Transformer(cfg, nnx.Rngs(0)), mesh)
     eos = tuple(range(4, 5 + cfg.vocab_size // 128))
-    policy.eos_ids, policy.context, policy.cache_tokens = eos, cfg.max_context, espl.cache_tokens(policy)
+    policy.eos_ids, policy.context, policy.cache_tokens = eos, cfg.max_context, espl.cache_tokens(policy, espl.device_memory())
     policy.max_rows = args.max_rows or (64 if jax.default_backend() == "cpu" else 512)
     return policy, directory
 
