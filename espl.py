@@ -1436,8 +1436,9 @@ class Block(nnx.Module):
         key_position_BS, new = position_BT, (k, v)
         if cache is not None:
             all_DR = jnp.broadcast_to(jnp.arange(B // (D := row_shards(cfg, B))), (D, B // D))
-            new = tuple(constrain(write_tokens(old, x, position_BT, all_DR if row_DR is None else row_DR),
-                                  *cache_spec(cfg)) for old, x in zip(cache, new))
+            fix = lambda x: constrain(x, *cache_spec(cfg))  # all of them, or the compiler moves the cache in each step
+            new = tuple(fix(write_tokens(fix(old), fix(x), position_BT, all_DR if row_DR is None else row_DR))
+                        for old, x in zip(cache, new))
             k, v = new if row_DR is None else (take_rows(x, row_DR) for x in new)
             key_position_BS = jnp.broadcast_to(jnp.arange(k.shape[2]), (B, k.shape[2]))
         elif prefix is not None:
