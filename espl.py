@@ -37,26 +37,19 @@ Where this file departs from the paper, and why:
  4. A validation split of the training problems picks the checkpoint; the test set only reports, and its questions are
     taken out of the training set. The paper's figures are running maxima over the test set.
  5. The KL term's gradient is that of the KL over the next token, given its prefix.
- 6. Only prompts that strictly won a problem are parents of a crossover, and the best one must be among them (as in the
-    released code), so that crossover is rarer than p_crossover.
+ 6. Parents of a crossover strictly won a problem, the best prompt too (as in the code): it is rarer than p_crossover.
 And from its released code (LunjunZhang/E-SPL):
  7. Distinct prompts only: a pool of fewer than M is not padded with copies, the others get the spare rollouts (equal
-    budgets), and the newest prompt is not forced into the batch, as neither text nor Algorithm 1 says so.
+    budgets), and the newest prompt is not forced into the batch.
  8. Principles go into the system turn, as the paper says, not after the problem (--prompt-role user for that).
- 9. Only what follows </think> is graded, and there only the last \\boxed{}, for which the root prompt asks. The code
-    grades the whole completion and asks for none.
+ 9. Only what follows </think> is graded, and there only the last \\boxed{}, for which the root prompt asks.
 10. J has line 8's 1/(NM), and 1/B for the batch; the code sums. Adam hardly sees the difference, --max-grad-norm does.
-11. The policy is the tempered softmax: sampler and trainer divide logits by one temperature. With top_p < 1 the sampler
-    renormalises and the trainer does not; the mean importance ratio is logged.
-12. A child that equals any earlier prompt is not added; the code appends a copy of its parent. The mutation child
-    comes before the crossover child, as in Algorithm 1; the code has them the other way round.
-13. A merged principle stands where the source named first stood; the code puts it last. Set A of a
-    crossover is the best prompt, the others are lettered by age, not by rank, which the reflector need not know.
-14. Each operation is checked on its own and dropped alone: the code lets one bad item spoil the reply, "B.G0" overwrite
-    A's G0, invented ids create principles, and later operations name a principle just added, whose id no one has seen.
-15. A principle that gives away a problem the reflector was shown, or its answer, is dropped (unless --allow-leaks).
-16. A batch without a learning signal is a logged no-op (there a crash); as there, an epoch's last batch may be partial.
-17. --resume restores Adam's state and the population exactly; the code loses the former and rewinds to the best test.
+11. Sampler and trainer divide logits by one temperature. With top_p < 1 the sampler renormalises and the trainer does
+    not; the mean importance ratio is logged.
+12. A child that equals any earlier prompt is not added, and the mutation child comes before the crossover child.
+13. A merged principle stands where the source named first stood, not last. A crossover's other sets are lettered by age.
+14. Each operation is checked, and dropped, alone: also one that gives away a problem or its answer (--allow-leaks).
+15. --resume restores Adam's state and the population exactly; the code loses the former and rewinds to the best test.
 """
 
 from __future__ import annotations
