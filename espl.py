@@ -47,7 +47,7 @@ And from its released code (LunjunZhang/E-SPL):
 11. Sampler and trainer divide logits by one temperature. With top_p < 1 the sampler renormalises and the trainer does
     not; the mean importance ratio is logged.
 12. A child that equals any earlier prompt is not added, and the mutation child comes before the crossover child.
-13. A merged principle stands where the source named first stood, not last. A crossover's other sets are lettered by age.
+13. A merged principle stands where the source named first stood, not last; sets of a crossover are lettered by age.
 14. Each operation is checked, and dropped, alone: also one that gives away a problem or its answer (--allow-leaks).
 15. --resume restores Adam's state and the population exactly; the code loses the former and rewinds to the best test.
 """
@@ -332,9 +332,9 @@ def to_samples(groups_MB: list[list[Group]], c: Config) -> list[Sample]:
     """Rollouts with advantages r - V[i,b] (or r minus the mean over all prompts). Groups in which all are 0 are left
     out, unless the KL term pulls on them."""
     samples = []
-    for b in range(len(groups_MB[0])):
-        marginal = float(np.mean([r for row in groups_MB for r in row[b].rewards]))
-        for group in (row[b] for row in groups_MB):
+    for groups_M in zip(*groups_MB):
+        marginal = float(np.mean([r for group in groups_M for r in group.rewards]))
+        for group in groups_M:
             advantages = [r - (group.value if c.baseline == "prompt" else marginal) for r in group.rewards]
             if c.kl_coef or max(map(abs, advantages)) > 1e-9:
                 samples += [Sample(group.prompt_ids, y.tokens, y.logprobs, a)
@@ -363,10 +363,6 @@ class SystemPrompt:
     history: list[dict] = field(default_factory=list)  # a line a tournament: iteration, value, rank, mu, sigma
     scores: list[dict] = field(default_factory=list)   # a line an evaluation: iteration, split, score
 
-    def score(self, weight: float) -> float:
-        """mu + weight * sigma: optimistic (weight lambda, for selection) or cautious (-lambda, for testing)."""
-        return self.mu + weight * self.sigma
-
 
 def argmax(scores, rng) -> int:
     """Index of the largest score; exact ties are broken by the seeded generator."""
@@ -376,8 +372,8 @@ def argmax(scores, rng) -> int:
 def select(population: list[SystemPrompt], c: Config, rng) -> list[SystemPrompt]:
     """M distinct prompts of the K most recent ones, all while there are fewer   (Alg. 1, line 4; section Selection)."""
     window = population[-min(c.window, c.max_pool_size):]
-    scores = np.array([s.score(c.ucb_lambda) for s in window])
-    order = rng.permutation(len(window))  # ties, and the random rest, in random order
+    scores = np.array([s.mu + c.ucb_lambda * s.sigma for s in window])
+    order = rng.permutation(len(window))  # ties, the random rest, and all of --selection uniform, in random order
     match c.selection:
         case "top_random":  # "always add the highest score, but randomly sample from the rest of the sliding window"
             best = argmax(scores, rng)
@@ -385,12 +381,10 @@ def select(population: list[SystemPrompt], c: Config, rng) -> list[SystemPrompt]
         case "softmax":     # p_i ~ exp(score_i / T) without replacement: the largest of score / T + Gumbel noise
             noisy = scores / c.selection_temperature + rng.gumbel(size=len(window))
             order = sorted(order, key=lambda i: -noisy[i])
-        case "uniform":
-            pass
         case "ucb":
             order = sorted(order, key=lambda i: -scores[i])
         case "lucb":        # the best lower bound, then the best upper bounds
-            champion = max(order, key=lambda i: window[i].score(-c.ucb_lambda))
+            champion = max(order, key=lambda i: window[i].mu - c.ucb_lambda * window[i].sigma)
             order = sorted(order, key=lambda i: (i != champion, -scores[i]))
     return sorted((window[i] for i in order[: c.num_prompts]), key=lambda s: s.id)
 
@@ -523,11 +517,8 @@ OPERATORS = {  # name: (operator, its chance in an iteration); add one here, not
 
 def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
     """{prompt: problems it strictly won}, the best first; {} unless the best and another won one   (Alg. 2, Phi)."""
-    if len(values_MB) < 2:
-        return {}
-    second, first = np.sort(values_MB, axis=0)[-2:]
-    winner_B = np.where(first - second >= 0.01 - 1e-9, values_MB.argmax(0), -1)
-    wins = {i: np.flatnonzero(winner_B == i).tolist() for i in [best, *range(len(values_MB))]}
+    margin = lambda i: values_MB[i] - np.delete(values_MB, i, 0).max(0, initial=-math.inf)  # over the best other one
+    wins = {i: np.flatnonzero(margin(i) >= 0.01 - 1e-9).tolist() for i in [best, *range(len(values_MB))]}
     wins = {i: won for i, won in wins.items() if won}
     return wins if best in wins and len(wins) > 1 else {}
 
@@ -569,8 +560,10 @@ def crossover_slots(sets: dict[str, list[str]], wins: list[tuple[str, int, Probl
     return dict(sets="\n\n".join(lists), wins="\n\n".join(won))
 
 
-# ---- Operations: what a reflection may do to a list of principles
+# ---- Operations: a reflection's edits. Each replaces the principles that it names by a new one, or by nothing.
 
+SOURCES = {"add": lambda op: [], "modify": lambda op: [op.get("modified_from")],
+           "remove": lambda op: [op.get("remove_id")], "merge": lambda op: op.get("merged_from")}
 CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # could leave its turn when tokenised
 STRING = r'"(?:[^"\\]|\\.)*+"'  # of JSON; possessive, so that hostile replies take linear time
 OBJECT = re.compile(r'\{(?:[^{}"]|' + STRING + r")*+\}", re.S)  # one without another object in it
@@ -631,8 +624,7 @@ def fault(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Conf
     """Why this operation must be dropped; "" if it may be applied to principles with these ids."""
     if not isinstance(op, dict) or op.get("operation") not in kinds:
         return "unknown operation"
-    named = {"add": [], "modify": [op.get("modified_from")], "merge": op.get("merged_from"),
-             "remove": [op.get("remove_id")]}[op["operation"]]
+    named = SOURCES[op["operation"]](op)
     if not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named):
         return "unknown id"
     if op["operation"] == "merge" and len(set(named)) < 2:
@@ -660,19 +652,10 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
     """git.apply(s, diff): the principles after the valid operations, in order, as a list (renumbered G0, G1, …)."""
     result = dict(principles)
     for n, op in enumerate(ops):
-        if not valid([op], kinds, result, problems, c, dropped):  # ids as earlier operations left them
-            continue
-        text = " ".join(str(op.get("principle")).split())
-        match op["operation"]:
-            case "add":
-                result[n] = text  # not a string: no later operation can name it
-            case "modify":
-                result[op["modified_from"]] = text
-            case "remove":
-                del result[op["remove_id"]]
-            case "merge":  # the merged principle takes the place of the source named first
-                first, *rest = dict.fromkeys(op["merged_from"])
-                result = {i: text if i == first else t for i, t in result.items() if i not in rest}
+        if valid([op], kinds, result, problems, c, dropped):  # ids as earlier operations left them
+            text = "" if op["operation"] == "remove" else " ".join(op["principle"].split())
+            first, *rest = dict.fromkeys(SOURCES[op["operation"]](op) or [n])  # n: an id that no operation can name
+            result = {i: t for i, t in (result | {first: text}).items() if t and i not in rest}
     unique = list({text.casefold(): text for text in result.values()}.values())
     kept = unique[: c.max_principles]
     dropped.update({"duplicate": len(result) - len(unique), "too many principles": len(unique) - len(kept)})
@@ -2240,7 +2223,7 @@ def tested_prompt(run: Run) -> SystemPrompt:
     c, pool = run.config, run.population[-run.config.max_pool_size:]
     if c.test_prompt == "latest" or c.mode == "reflection" or c.num_prompts == 1:  # alone, no prompt is ever rated
         return pool[-1]
-    return max(pool, key=lambda s: (s.score(-c.ucb_lambda), bool(s.history), s.id))  # of equals one that has competed
+    return max(pool, key=lambda s: (s.mu - c.ucb_lambda * s.sigma, bool(s.history), s.id))  # of equals who competed
 
 
 def evaluate(run: Run, iteration: int) -> dict:
