@@ -57,12 +57,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import inspect
 import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -99,14 +99,13 @@ AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train
 MATHS = {  # the built-in tasks: (train sets, test sets), each a "data set of the hub:split"
     "aime": ([AIME], ["ByteDance-Seed/BeyondAIME:test"]),
     "aime_amc": ([AIME, AMC], ["ByteDance-Seed/BeyondAIME:test"]),
-    "dapo": (["BytedTsinghua-SIA/DAPO-Math-17k:train"], ["yentinglin/aime_2025:train"]),
     "hmmt": ([f"MathArena/hmmt_feb_{y}:train" for y in (2023, 2024, 2025)], ["MathArena/hmmt_nov_2025:train"]),
 }
 MODES = ("espl", "evolution", "reflection", "rl")
 LOSSES = ("importance_sampling", "ppo", "cispo", "reinforce")
 
 
-def flag(default, group: str, text: str, symbol: str = "", low=None, high=None, choices=None):
+def flag(default, group: str, text: str, symbol: str = "", low=None, high=sys.float_info.max, choices=None):
     """A field of Config: default, help group, help text, the paper's symbol, bounds or choices."""
     names = dict(group=group, text=text, symbol=symbol, low=low, high=high, choices=choices)
     return field(default=default, metadata=names)
@@ -115,8 +114,7 @@ def flag(default, group: str, text: str, symbol: str = "", low=None, high=None, 
 @dataclass
 class Config:
     """Everything that decides a run. --help prints this class; a task file may add flags of its own."""
-    task: str = flag("", "Task", f"{', '.join(MATHS)}, or a file tasks/NAME.py or PATH.py; glyphs (no download) if no "
-                     "problems are given")
+    task: str = flag("", "Task", f"{', '.join(MATHS)}, tasks/NAME.py, PATH.py; without problems: glyphs (no download)")
     train_file: str = flag("", "Task", "JSONL of training problems instead (fields: README)")
     test_file: str = flag("", "Task", "JSONL of test problems instead")
     train_size: int = flag(256, "Task", "most training problems, validation included", low=1)
@@ -125,14 +123,13 @@ class Config:
     prompts_file: str = flag("", "Task", "what is said to the model (default: prompts_seed.txt beside espl.py)")
 
     model: str = flag("Qwen/Qwen3-1.7B", "Model", "hub name, or directory in Hugging Face layout")
-    dtype: str = flag("auto", "Model", "activations and frozen weights (auto: bfloat16, on CPU float32)",
+    dtype: str = flag("auto", "Model", "of frozen weights and activations (auto: float32 on CPU, else bfloat16)",
                       choices=("auto", "bfloat16", "float32"))
     lora_rank: int = flag(32, "Model", "rank of the adapter; 0 trains all weights", "R", low=0)
     lora_alpha: float = flag(32.0, "Model", "the adapter's output is scaled by alpha / rank", low=0)
     model_parallel: int = flag(1, "Model", "devices along the mesh's model axis; the rest are its data axis", low=1)
 
-    mode: str = flag("espl", "Algorithm 1", "what is learned: weights and prompts; prompts; one prompt; weights (rl)",
-                     choices=MODES)
+    mode: str = flag("espl", "Algorithm 1", "weights and prompts learn; prompts; one prompt; weights", choices=MODES)
     batch_size: int = flag(10, "Algorithm 1", "problems in a batch", "B", low=1)
     num_rollouts: int = flag(5, "Algorithm 1", "rollouts of each prompt on each problem", "N", low=1)
     num_prompts: int = flag(3, "Algorithm 1", "system prompts in a batch", "M", low=1, high=26)
@@ -142,8 +139,7 @@ class Config:
 
     learning_rate: float = flag(4e-5, "RL update", "Adam's, betas (0.9, 0.95), eps 1e-8", "alpha", low=0)
     loss: str = flag("importance_sampling", "RL update", "surrogate for J", choices=LOSSES)
-    baseline: str = flag("prompt", "RL update", "advantage: r - V[i,b], or r - mean over all prompts",
-                         choices=("prompt", "marginal"))
+    baseline: str = flag("prompt", "RL update", "r - V[i,b], or r - mean over prompts", choices=("prompt", "marginal"))
     clip_low: float = flag(0.2, "RL update", "ppo, cispo: ratio at least 1 - this", low=0, high=1)
     clip_high: float = flag(0.2, "RL update", "ppo, cispo: ratio at most 1 + this", low=0)
     kl_coef: float = flag(0.0, "RL update", "weight of KL(pi_theta || pi_ref)", "beta", low=0)
@@ -185,8 +181,7 @@ class Config:
     eval_every: int = flag(10, "Evaluation", "iterations between evaluations; the first is before training", low=1)
     test_samples: int = flag(10, "Evaluation", "responses to each problem", low=1)
     test_greedy: bool = flag(False, "Evaluation", "also one greedy response to each test problem")
-    test_prompt: str = flag("best", "Evaluation", "prompt tested: highest mu - lambda sigma, or the latest",
-                            choices=("best", "latest"))
+    test_prompt: str = flag("best", "Evaluation", "highest mu - lambda sigma, or latest", choices=("best", "latest"))
 
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
@@ -194,7 +189,7 @@ class Config:
     compile_cache: str = flag("~/.cache/espl/jax", "Run", "folder of compiled programs ('': off)")
 
 
-RESUMABLE = ("epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache")
+RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache")
 
 # ======================================================================================================================
 # 3. Algorithm 1: the loop over iterations, and one iteration from rollouts to children
@@ -242,8 +237,8 @@ def espl_iteration(run: Run, iteration: int) -> dict:
         update_ratings(prompts_M, values_M, iteration, c.rating)                        # lines 10-11
         k = argmax(values_M, rng)                                                       # line 12
         with timed(run, "reflect"):
-            tournament = Tournament(prompts_M, groups_MB, k, make_ask(run, iteration), run.task.parse, c, rng)
-            evolution = breed(run, tournament, iteration)                               # lines 13-21
+            reflect = partial(ask, run, iteration, Counter())                           # lines 13-21
+            evolution = breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng), iteration)
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
 
 
@@ -306,7 +301,7 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
     split: train, val, test, or test_greedy, which is decoded greedily.
     """
     c, chat = run.config, run.chat
-    prompts = [rollout_ids(run.task, chat, s.principles, x) for s, x, _ in pairs]
+    prompts = [chat.ids(system_text(run.task, s.principles), x.question) for s, x, _ in pairs]
     sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens,
                         run.seed(f"{split}/{iteration}"), f"sampling {split}")
     with timed(run, "sample" if split == "train" else "evaluate"):
@@ -592,13 +587,11 @@ def read_object(text: str) -> dict:
     parts[1::2] = [ESCAPE.sub(r"\g<0>\1", part) for part in parts[1::2]]  # backslashes of LaTeX
     parts[::2] = [re.sub(r"(//|#).*", "", part) for part in parts[::2]]  # comments
     parts[::2] = [re.sub(r",(?=\s*[\]}])", "", part) for part in parts[::2]]  # trailing commas
+    parts[1::2] = [re.sub(r'^"[\[ ]*((?:[A-Z]\.)?[CG]\d+)[\] ]*"$', r'"\1"', part) for part in parts[1::2]]  # "[G1]"
     try:
-        fields = json.loads("".join(parts), strict=False)  # with raw newlines in strings
+        return json.loads("".join(parts), strict=False)  # with raw newlines in strings
     except (ValueError, RecursionError):
         return {}
-    bare = lambda i: i.strip("[] ") if isinstance(i, str) else i  # ids may be written as `listing` shows them
-    ids = {k: v for k, v in fields.items() if k in ("modified_from", "remove_id", "merged_from")}
-    return fields | {k: list(map(bare, v)) if isinstance(v, list) else bare(v) for k, v in ids.items()}
 
 
 def leaks(principle: str, problems: list[Problem]) -> bool:
@@ -1668,14 +1661,6 @@ class Task:
         return [line.strip() for line in self.texts["principles"].splitlines() if line.strip()]
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """What a Python file defines."""
-    spec = importlib.util.spec_from_file_location(f"espl_{path.parent.name}_{path.stem}", path)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return vars(module)
-
-
 def task_file(name: str) -> dict[str, Any]:
     """What the file of a task defines, {} for built-in tasks. Raises UserError if it is not there or does not load."""
     if not name or name in MATHS:
@@ -1685,7 +1670,7 @@ def task_file(name: str) -> dict[str, Any]:
         raise UserError(f"--task {name}: there is no {path}; get the folder tasks/ of this project, give the path of a "
                         f"task file, or choose one of {', '.join(MATHS)}")
     with explained(f"task file {path} does not load"):
-        return load_file(path)
+        return runpy.run_path(str(path))
 
 
 def load_task(c: Config) -> Task:
@@ -1719,20 +1704,14 @@ def load_task(c: Config) -> Task:
 
 def to_problem(record: Any, where: str) -> Problem:
     """A Problem from one record of a data set or JSONL file."""
-    match record:
-        case {"prompt": [{"content": str(text)}, *_], "reward_model": {"ground_truth": str(answer)}}:  # DAPO-Math-17k
-            fields = {"problem": "\n\n".join(text.split("\n\n")[1:-1]), "answer": answer}  # first, last part go
-        case dict():
-            fields = record
-        case _:
-            raise UserError(f"{where}: not a JSON object; write {{\"problem\": …, \"answer\": …}} on each line")
+    fields = record if isinstance(record, dict) else {}
     question = fields.get("problem") or fields.get("question")
     answers = next((fields[k] for k in ("answer", "groundtruth", "golden_answers") if fields.get(k) is not None), None)
     answers = answers if isinstance(answers, list) else [answers]
     answers = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # 142.0 in the AMC set
     answers = tuple(str(a).strip() for a in answers if isinstance(a, (str, int, float)) and str(a).strip())
     if not isinstance(question, str) or not question.strip() or not answers:
-        raise UserError(f"{where}: needs a text problem|question and an answer|groundtruth|golden_answers")
+        raise UserError(f"{where}: needs an object with a text problem|question and answer|groundtruth|golden_answers")
     return Problem(where, question.strip(), answers, record)
 
 
@@ -1751,17 +1730,9 @@ def read_jsonl(path: str) -> list[Problem]:
 def read_hub(name: str) -> list[Problem]:
     """Problems of a Hugging Face data set 'owner/name:split'."""
     path, split = name.split(":")
-    with explained(f"cannot load the data set {name}", "download it where there is a network, or use --train-file and "
-                   "--test-file"):
-        import pyarrow.compute
+    with explained(f"cannot load the data set {name}", "download it elsewhere, or use --train-file and --test-file"):
         from datasets import load_dataset
-        rows = load_dataset(path, split=split)
-        if "reward_model" in rows.column_names:  # DAPO-Math-17k: each of its problems is there a hundred times
-            first = pyarrow.compute.list_element(rows.data.column("prompt"), 0)
-            table = {"text": pyarrow.compute.struct_field(first, "content"), "row": np.arange(len(rows))}
-            firsts = pyarrow.table(table).group_by("text").aggregate([("row", "min")])["row_min"]
-            rows = rows.select(sorted(firsts.to_pylist()))
-        return [to_problem(dict(row), f"{name}:{i}") for i, row in enumerate(rows)]
+        return [to_problem(dict(row), f"{name}:{i}") for i, row in enumerate(load_dataset(path, split=split))]
 
 
 # ---- Words: prompts_seed.txt and the chat template
@@ -1772,15 +1743,14 @@ def read_prompts(path: str, task: str = "", own: str = "") -> dict[str, str]:
         text = Path(path).read_text(encoding="utf-8")
     general, special = ({name: body.strip() for name, body in re.findall(
         r"^\[([\w.-]+)\][ \t]*$(.*?)(?=^\[[\w.-]+\][ \t]*$|\Z)", source, re.M | re.S)} for source in (text, own))
-    found = {}
+    with_prefix = lambda prefix: {n.removeprefix(prefix): x for n, x in general.items() if n.startswith(prefix)}
+    found = general | with_prefix("math.") | special | with_prefix(f"{task}.")
     for name, slots in SLOTS.items():
-        sources = general.get(f"{task}.{name}"), special.get(name), general.get(f"math.{name}"), general.get(name)
-        found[name] = next((body for body in sources if body is not None), None)
-        if found[name] is None:
+        if name not in found:
             raise UserError(f"{path} has no section [math.{name}] or [{name}]; copy it from prompts_seed.txt")
         if missing := [s for s in slots if "{" + s + "}" not in found[name]]:
             raise UserError(f"section [{name}] of {path} lacks the slot {{{missing[0]}}}; put it where it belongs")
-    return found
+    return {name: found[name] for name in SLOTS}
 
 
 def fill(template: str, slots: dict[str, str]) -> str:
@@ -1793,16 +1763,15 @@ def system_text(task: Task, principles: list[str]) -> str:
 
     The description of the tools stands outside the principles: evolution cannot edit it.
     """
-    tools = "\n".join(json.dumps(schema["function"]) for schema in tool_schemas(task.tools))
-    slots = {"principles": listing(numbered(principles)) if principles else "", "tools": tools}
+    from transformers.utils import get_json_schema
+    tools = []
+    for name, tool in task.tools.items():
+        with explained(f"tool {name}", "give it type hints and a docstring with Args:"):
+            tools.append(json.dumps(get_json_schema(tool)["function"] | {"name": name}))
+    slots = {"principles": listing(numbered(principles)) if principles else "", "tools": "\n".join(tools)}
     paragraphs = task.texts["system"].split("\n\n")
     kept = [p for p in paragraphs if all(text for name, text in slots.items() if f"{{{name}}}" in p)]
     return fill("\n\n".join(kept), slots)
-
-
-def rollout_ids(task: Task, chat: Chat, principles: list[str], problem: Problem) -> list[int]:
-    """Token ids of (s, x)."""
-    return chat.ids(system_text(task, principles), problem.question)
 
 
 @dataclass
@@ -1816,26 +1785,27 @@ class Chat:
     role: str = "system"
     thinking: bool = True
 
-    def render(self, messages: list[dict], must_say: str = "") -> str:
-        """A conversation that ends where the model's next turn begins. Raises ValueError if the template loses text."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                  enable_thinking=self.thinking, date_string="26 Jul 2024")
-        if must_say.strip() not in text:
-            raise ValueError("it drops the text")
-        return text
+    def render(self, conversations: list[list[dict]], must_say: str) -> str:
+        """The first of these conversations that the template takes and says in full, up to where the model's next turn
+        begins; "" if there is none."""
+        for messages in conversations if self.tokenizer.chat_template else ():
+            with contextlib.suppress(Exception):  # jinja2's TemplateError: "System role not supported"
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                          enable_thinking=self.thinking, date_string="26 Jul 2024")
+                if must_say.strip() in text:
+                    return text
+        return ""
 
     def ids(self, system: str, user: str) -> list[int]:
         """Token ids of the prompt that ends where the model's turn begins."""
         if not self.tokenizer.chat_template:
             return self.tokenizer("".join(t + "\n\n" for t in (system, user) if t)).input_ids
-        texts = [t for t in ((system, user) if self.role == "system" else (user, system)) if t]
-        messages = [{"role": "user", "content": "\n\n".join(texts)}]
-        if system and self.role == "system":
-            apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-            with contextlib.suppress(Exception):  # jinja2's TemplateError: "System role not supported"
-                messages = apart if self.render(apart, system) else messages
-        with explained("the tokenizer's chat template fails", "mend chat_template"):
-            text = self.render(messages, system or user)
+        apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        texts = filter(None, (system, user) if self.role == "system" else (user, system))
+        together = [{"role": "user", "content": "\n\n".join(texts)}]
+        text = self.render([apart, together] if system and self.role == "system" else [together], system or user)
+        if not text:
+            raise UserError("the tokenizer's chat template fails, or loses what it should say; mend chat_template")
         return self.tokenizer(text, add_special_tokens=False).input_ids  # the template wrote BOS itself
 
     def tool_turn(self, reply: str) -> list[int]:
@@ -1847,12 +1817,10 @@ class Chat:
         reply = reply.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         reply = re.sub(special, " ", CONTROL.sub(" ", TAGS.sub(" ", reply)))  # no text of a tool may end its turn
         tagged, mark = f"<tool_response>\n{reply}\n</tool_response>", "what the model said"
-        for turn in {"role": "tool", "content": reply}, {"role": "user", "content": tagged}:
-            with contextlib.suppress(Exception):  # jinja2's TemplateError, or there is no template at all
-                before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
-                after = self.render([*before, turn], must_say=reply).partition(mark)[2]
-                return self.tokenizer(after, add_special_tokens=False).input_ids
-        return self.tokenizer(f"\n{tagged}\n", add_special_tokens=False).input_ids
+        before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
+        turns = {"role": "tool", "content": reply}, {"role": "user", "content": tagged}
+        text = self.render([[*before, turn] for turn in turns], reply) or f"{mark}\n{tagged}\n"
+        return self.tokenizer(text.partition(mark)[2], add_special_tokens=False).input_ids
 
     def text(self, tokens: list[int], prompt: list[int] = (), special: bool = False) -> str:
         """A response as text, with or without special tokens; with the <think> that some templates open for it."""
@@ -1870,17 +1838,6 @@ def final_text(text: str) -> str:
 
 TAGS = re.compile(r"</?tool_(?:call|response)>")
 LONGEST_CALL = 4_000  # characters
-
-
-def tool_schemas(tools: dict[str, Callable[..., str]]) -> list[dict]:
-    """JSON schemas of tools. Raises UserError for a function without type hints or without a docstring."""
-    from transformers.utils import get_json_schema
-    schemas = []
-    for name, tool in tools.items():
-        with explained(f"tool {name}", "give it type hints and a docstring with Args:"):
-            schema = get_json_schema(tool)
-        schemas.append(schema | {"function": schema["function"] | {"name": name}})
-    return schemas
 
 
 def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list[int] | None:
@@ -2172,7 +2129,7 @@ def cache_tokens(policy: Policy) -> int:
 def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:
     """Leave out problems whose prompt, with the root principles, has no room for a response; say how many."""
     for split, problems in {"train": task.train, "val": task.val, "test": task.test}.items():
-        ids = [rollout_ids(task, chat, task.root, x) for x in problems]
+        ids = [chat.ids(system_text(task, task.root), x.question) for x in problems]
         if (highest := max(map(max, filter(None, ids)), default=0)) >= vocab_size:
             raise UserError(f"the tokenizer gives id {highest}, the model has {vocab_size} tokens; --model mixes two")
         kept = [x for x, i in zip(problems, ids) if 0 < len(i) < context]
@@ -2185,25 +2142,20 @@ def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) ->
 
 # ---- The reflection model, and evaluation
 
-def make_ask(run: Run, iteration: int) -> Callable[[str, list[dict]], list[str]]:
+def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict]) -> list[str]:
     """The `ask` of a Tournament: requests of prompts_seed.txt answered by the reflection model, all in one batch."""
-    c, calls = run.config, Counter()
-    theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
-
-    def ask(request: str, slots: list[dict]) -> list[str]:
-        calls[request] += 1
-        limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
-        prompts = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
-        responses = generate(run.policy, theta, prompts, [1] * len(prompts), Sampling(
-            c.reflect_temperature, c.top_p, c.reflect_tokens, run.seed(f"{request}/{calls[request]}/{iteration}"),
-            f"reflecting: {request}"))
-        replies = [run.chat.text(r.tokens, ids) for ids, [r] in zip(prompts, responses)]
-        run.append("reflections.jsonl", [
-            dict(iteration=iteration, request=request, prompt=run.chat.tokenizer.decode(p), reply=reply)
-            for p, reply in zip(prompts, replies)])
-        return [final_text(reply).strip() for reply in replies]  # what a model thinks aloud is not its reply
-
-    return ask
+    c, theta = run.config, run.policy.theta_ref if run.config.reflector == "reference" else run.policy.theta
+    calls[request] += 1  # for each call a seed of its own
+    limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
+    prompts = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
+    responses = generate(run.policy, theta, prompts, [1] * len(prompts), Sampling(
+        c.reflect_temperature, c.top_p, c.reflect_tokens, run.seed(f"{request}/{calls[request]}/{iteration}"),
+        f"reflecting: {request}"))
+    replies = [run.chat.text(r.tokens, ids) for ids, [r] in zip(prompts, responses)]
+    run.append("reflections.jsonl", [
+        dict(iteration=iteration, request=request, prompt=run.chat.tokenizer.decode(p), reply=reply)
+        for p, reply in zip(prompts, replies)])
+    return [final_text(reply).strip() for reply in replies]  # what a model thinks aloud is not its reply
 
 
 def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
@@ -2234,24 +2186,18 @@ def evaluate(run: Run, iteration: int) -> dict:
         groups = sample_groups(run, [(s, x, n) for x in problems], split, iteration)
         if groups:
             result[split] = float(np.mean([g.value for g in groups]))
-            for k in sorted({k for k in (1, 2, 4, 8, n) if k <= n}):
-                chances = [pass_at_k(g.outcomes.count("correct"), n, k) for g in groups]
+            for k in sorted({k for k in (1, 2, 4, 8, n) if k <= n}):  # unbiased (Chen et al., 2021)
+                chances = [1 - math.comb(n - g.outcomes.count("correct"), k) / math.comb(n, k) for g in groups]
                 result[f"{split}_pass@{k}"] = float(np.mean(chances))
             s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
     if run.config.test_greedy:
         groups = sample_groups(run, [(s, x, 1) for x in run.task.test], "test_greedy", iteration)
         result["test_greedy"] = float(np.mean([g.value for g in groups]))
-    best = max((e["val"] for e in run.evaluations if "val" in e), default=-math.inf)
     run.evaluations.append(result)
-    if result.get("val", -math.inf) > best:
+    if "val" in result and max(run.evaluations, key=lambda e: e["val"]) is result:  # the first of equals
         with checkpoint_manager(run, "best", keep=1) as manager:
             save_checkpoint(run, manager, iteration)
     return result
-
-
-def pass_at_k(correct: int, n: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of k samples is correct, from n samples (Chen et al., 2021)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 # ---- Checkpoints and logs
@@ -2281,32 +2227,26 @@ def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) ->
 
 
 def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
-    """Bring `run` back to its latest checkpoint and cut its logs there; returns the iteration."""
-    if (iteration := manager.latest_step()) is None:  # killed before the first one
-        return cut_logs(run, -1)
-    like = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
-    state = manager.restore(iteration, args=ocp.args.Composite(
-        weights=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
-        loop=ocp.args.JsonRestore()))
-    run.policy.theta, run.trainer.opt_state = state["weights"]["theta"], state["weights"]["opt_state"]
-    run.population = [SystemPrompt(**s) for s in state["loop"]["prompts"]]
-    run.evaluations = state["loop"]["evaluations"]
-    return cut_logs(run, iteration)
-
-
-def cut_logs(run: Run, iteration: int) -> int:
-    """Drop what was logged after this iteration, which is about to be done again; returns the iteration."""
-    for path in (run.directory / f"{name}.jsonl" for name in ("metrics", "rollouts", "reflections")):
-        if not path.is_file():
-            continue
-        part = path.with_name(path.name + ".part")
-        with open(path, "rb") as old, open(part, "wb") as new:  # bytes: only \n ends a record
-            for line in old:
+    """Bring `run` back to its latest checkpoint and cut its logs there; returns the iteration, -1 if there is none."""
+    if (iteration := manager.latest_step()) is not None:
+        like = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
+        state = manager.restore(iteration, args=ocp.args.Composite(
+            weights=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
+            loop=ocp.args.JsonRestore()))
+        run.policy.theta, run.trainer.opt_state = state["weights"]["theta"], state["weights"]["opt_state"]
+        run.population = [SystemPrompt(**s) for s in state["loop"]["prompts"]]
+        run.evaluations = state["loop"]["evaluations"]
+    done = -1 if iteration is None else iteration
+    logs = [run.directory / name for name in ("metrics.jsonl", "rollouts.jsonl", "reflections.jsonl")]
+    for path in filter(Path.is_file, logs):
+        with open(path, "rb+") as file:  # bytes: only \n ends a record
+            end = kept = 0
+            for line in file:
+                end += len(line)
                 with contextlib.suppress(ValueError):  # the line that was being written may be incomplete
-                    if json.loads(line)["iteration"] <= iteration:
-                        new.write(line.rstrip(b"\n") + b"\n")
-        part.replace(path)
-    return iteration
+                    kept = end if json.loads(line)["iteration"] <= done else kept
+            file.truncate(kept)
+    return done
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -2341,7 +2281,7 @@ def write_logs(run: Run, m: dict) -> None:
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
         slow = "test" in m and sum(run.seconds.values()) > 10
         if REPORT.is_file() and (slow or m["iteration"] == last_iteration(run)):
-            load_file(REPORT)["draw"](run.directory)
+            runpy.run_path(str(REPORT))["draw"](run.directory)
     except Exception as e:
         warn(f"could not write population.json or a picture: {first_line(e)}")
 
@@ -2411,45 +2351,41 @@ def parse_args(argv: list[str]) -> Config:
         with explained(f"cannot read {path}", "--resume takes an earlier run's directory"):
             saved = json.loads(path.read_text()) | {"run_dir": named.resume}
             named.task = saved["task"]
-    if not (named.task or named.train_file or named.test_file or named.resume):
+    elif not (named.task or named.train_file or named.test_file):
         named.task = "glyphs"
-    try:
-        own = task_file(named.task)
-    except UserError:
-        if named.task != "glyphs" or not {"-h", "--help"} & {*argv}:
-            raise
-        own = {}  # --help helps also where there is no tasks/
-    with explained(f"task {named.task}: its FLAGS or DEFAULTS are wrong"):
+    alone = {"-h", "--help"} & {*argv} and not Path(__file__).with_name("tasks").is_dir()  # helps there, too
+    own = {} if alone else task_file(named.task)
+    with explained(f"task {named.task}: its FLAGS, DEFAULTS or config.json are wrong"):
         flags = [(name, type(value), flag(value, "Task", text)) for name, (value, text) in own.get("FLAGS", {}).items()]
         kind = dataclasses.make_dataclass("TaskConfig", flags, bases=(Config,))
-        defaults = dataclasses.asdict(kind(**own.get("DEFAULTS", {}))) | {"task": named.task}
+        defaults = dataclasses.asdict(kind(**own.get("DEFAULTS", {}) | {"task": named.task} | saved))
     parser = argparse.ArgumentParser(
         usage="python espl.py [--task TASK] [flags]", description=__doc__.split("\n")[0],
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
-    parser.error, groups = stop, {}
-    for f in dataclasses.fields(kind):
+    parser.error, fields = stop, {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(kind)}
+    titles = dict.fromkeys(f.metadata["group"] for f in fields.values())
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for name, f in fields.items():
         m, value = f.metadata, defaults[f.name]
-        group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]) if m["group"] not in groups else 0)
         how = dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else dict(
             type=type(f.default), choices=m["choices"], metavar=None if m["choices"] else type(value).__name__.upper())
-        symbol = f"[{m['symbol']}] " if m["symbol"] else ""
-        shown = f" (default: {value})" if value != "" else ""
-        group.add_argument("--" + f.name.replace("_", "-"), help=(symbol + m["text"] + shown).replace("%", "%%"), **how)
+        text = f"[{m['symbol']}] " * bool(m["symbol"]) + m["text"] + f" (default: {value})" * (value != "")
+        groups[m["group"]].add_argument(name, help=text.replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
-    if fixed := [n for n in given if saved and n not in RESUMABLE + ("resume",) and given[n] != saved.get(n)]:
-        raise UserError(f"--{fixed[0].replace('_', '-')} cannot change when resuming; start a new run")
-    defaults |= {"ucb_lambda": 0.0} if given.get("rating") == "last" else {}
-    with explained(f"cannot read {named.resume}/config.json", "--resume takes an earlier run's directory"):
-        config = kind(**(saved or defaults) | given)
-    for f in dataclasses.fields(kind):
-        value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
-        choices, numbers = f.metadata.get("choices"), (int, float) if isinstance(f.default, float) else type(f.default)
-        if not isinstance(value, numbers) or choices and value not in choices:  # of a task file's DEFAULTS
-            raise UserError(f"--{f.name.replace('_', '-')} {value!r}: must be {choices or type(f.default).__name__}")
-        if low is not None and not (low <= value <= (value if high is None else high) and math.isfinite(value)):
-            limit = f"at least {low}" + (f" and at most {high}" if high else "")
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be {limit}")
+    if given.get("rating") == "last" and not saved:
+        defaults["ucb_lambda"] = 0.0
+    for name, f in fields.items():
+        value, m = (defaults | given)[f.name], f.metadata
+        if saved and f.name not in RESUMABLE and value != defaults[f.name]:
+            raise UserError(f"{name} cannot change when resuming; start a new run")
+        types = (int, float) if isinstance(f.default, float) else type(f.default)
+        if not isinstance(value, types) or m["choices"] and value not in m["choices"]:  # of a task file's DEFAULTS
+            raise UserError(f"{name} {value!r}: must be {m['choices'] or type(f.default).__name__}")
+        if m["low"] is not None and not m["low"] <= value <= m["high"]:
+            limit = f" and at most {m['high']}" * (m["high"] < sys.float_info.max)
+            raise UserError(f"{name} {value}: must be at least {m['low']}{limit}")
+    config = kind(**defaults | given)
     if not (config.task or config.train_file and config.test_file):
         raise UserError("choose a --task, or give --train-file and --test-file; see python espl.py --help")
     return config
@@ -2458,15 +2394,9 @@ def parse_args(argv: list[str]) -> Config:
 @contextlib.contextmanager
 def interrupts():
     """A list that is no longer empty when Ctrl-C was pressed, even if some library swallowed the KeyboardInterrupt."""
-    pressed = []
-
-    def interrupt(*_):
-        pressed.append(True)
-        raise KeyboardInterrupt
-
-    old = signal.getsignal(signal.SIGINT)
+    pressed, old = [], signal.getsignal(signal.SIGINT)
     if old is signal.default_int_handler:  # not if it is ignored, as in the background
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, lambda *args: pressed.append(True) or old(*args))
     try:
         yield pressed
     finally:
@@ -2483,12 +2413,13 @@ def main(argv: list[str] | None = None) -> int:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
         run = start_run(c)
         task, cfg = run.task, run.policy.cfg
-        longest = max(len(rollout_ids(task, run.chat, task.root, x)) for x in task.train) + c.max_new_tokens
+        prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train]
+        longest = min(max(map(len, prompts)) + c.max_new_tokens, run.policy.context)
         print(f"{c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
               f"problems, {last_iteration(run)} iterations\n{c.model} ({cfg.dtype}, "
               f"{f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on {len(jax.devices())} "
-              f"{jax.default_backend()} device(s), up to {most_rows(run.policy, min(longest, run.policy.context))} "
-              f"rollouts at once\nwriting {run.directory}", flush=True)
+              f"{jax.default_backend()} device(s), up to {most_rows(run.policy, longest)} rollouts at once\n"
+              f"writing {run.directory}", flush=True)
         train(run)
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)
