@@ -38,18 +38,7 @@ Where this file departs from the paper, and why:
     taken out of the training set. The paper's figures are running maxima over the test set.
  5. The KL term's gradient is that of the KL over the next token, given its prefix.
  6. Parents of a crossover strictly won a problem, the best prompt too (as in the code): it is rarer than p_crossover.
-And from its released code (LunjunZhang/E-SPL):
- 7. Distinct prompts only: a pool of fewer than M is not padded with copies, the others get the spare rollouts (equal
-    budgets), and the newest prompt is not forced into the batch.
- 8. Principles go into the system turn, as the paper says, not after the problem (--prompt-role user for that).
- 9. Only what follows </think> is graded, and there only the last \\boxed{}, for which the root prompt asks.
-10. J has line 8's 1/(NM), and 1/B for the batch; the code sums. Adam hardly sees the difference, --max-grad-norm does.
-11. Sampler and trainer divide logits by one temperature. With top_p < 1 the sampler renormalises and the trainer does
-    not; the mean importance ratio is logged.
-12. A child that equals any earlier prompt is not added, and the mutation child comes before the crossover child.
-13. A merged principle stands where the source named first stood, not last; sets of a crossover are lettered by age.
-14. Each operation is checked, and dropped, alone: also one that gives away a problem or its answer (--allow-leaks).
-15. --resume restores Adam's state and the population exactly; the code loses the former and rewinds to the best test.
+docs/released_code.md compares with the code that its authors released.
 """
 
 from __future__ import annotations
@@ -296,10 +285,8 @@ class Group:
 
 
 def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], split: str, iteration: int) -> list[Group]:
-    """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl.
-
-    split: train, val, test, or test_greedy, which is decoded greedily.
-    """
+    """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl; split is
+    train, val, test, or test_greedy, which is decoded greedily."""
     c, chat = run.config, run.chat
     prompts = [chat.ids(system_text(run.task, s.principles), x.question) for s, x, _ in pairs]
     sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens,
@@ -343,11 +330,8 @@ def to_samples(groups_MB: list[list[Group]], c: Config) -> list[Sample]:
 
 @dataclass
 class SystemPrompt:
-    """Member s of the population: a list of principles (G0, G1, …; none at the root), rating and lineage.
-
-    The population is the list of all prompts ever made, a prompt's id being its index; the paper's S is its youngest
-    max_pool_size members (first in, first out).
-    """
+    """Member s of the population: a list of principles (G0, G1, …; none at the root), rating and lineage. The list of
+    all prompts ever made is the population; the paper's S is its youngest max_pool_size (first in, first out)."""
     id: int
     principles: list[str]
     mu: float = 25.0               # TrueSkill's defaults (section Hyper-parameters)
@@ -386,7 +370,8 @@ def select(population: list[SystemPrompt], c: Config, rng) -> list[SystemPrompt]
 
 def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: int, rating="trueskill") -> None:
     """One TrueSkill free-for-all of the prompts, ranked by V_i; neighbours within 0.01 tie   (Alg. 1, lines 10-11)."""
-    order = sorted(range(len(prompts)), key=lambda i: (-values[i], prompts[i].id))
+    prompts, values = zip(*sorted(zip(prompts, values), key=lambda pair: pair[0].id))  # whatever order they came in
+    order = sorted(range(len(prompts)), key=lambda i: -values[i])
     ranks = [0] * len(prompts)
     for better, worse in zip(order, order[1:]):
         ranks[worse] = ranks[better] + (values[better] - values[worse] > 0.01 + 1e-9)
@@ -395,21 +380,17 @@ def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: 
             s.mu, s.sigma = v, 1.0
     elif len(prompts) > 1:
         env = trueskill.TrueSkill(mu=25.0, sigma=25.0 / 3, beta=25.0 / 6, tau=25.0 / 300, draw_probability=0.10)
-        order.sort(key=lambda i: (ranks[i], prompts[i].id))  # tied prompts by age, whatever order they came in
-        teams = [(env.create_rating(prompts[i].mu, prompts[i].sigma),) for i in order]
-        for i, (r,) in zip(order, env.rate(teams, [ranks[i] for i in order])):
-            prompts[i].mu, prompts[i].sigma = r.mu, r.sigma
+        rated = env.rate([(env.create_rating(s.mu, s.sigma),) for s in prompts], ranks)
+        for s, (r,) in zip(prompts, rated):
+            s.mu, s.sigma = r.mu, r.sigma
     for s, v, rank in zip(prompts, values, ranks):
         s.history.append({"iteration": iteration, "value": v, "rank": rank, "mu": s.mu, "sigma": s.sigma})
 
 
 def add_child(population: list[SystemPrompt], principles: list[str], parents: list[SystemPrompt], operation: str,
               iteration: int, c: Config) -> SystemPrompt:
-    """Append a child with its inherited rating (Alg. 1, lines 16 and 21; Alg. 2). Raises NoChild if it is not new.
-
-    Its sigma is that of the parents' precision-weighted mean (for one parent, its own), widened by dsigma: it inherits
-    what is known of them, but not that it has been tried.
-    """
+    """Append a child (Alg. 1, lines 16 and 21; Alg. 2). Raises NoChild if it is not new. It inherits what is known of
+    its parents, their precision-weighted mean, but not that it has been tried: its sigma is widened by dsigma."""
     if same := [s for s in population if s.principles == principles]:
         raise NoChild(f"nothing changed (equal to prompt {same[0].id}); a higher --reflect-temperature varies more")
     precision = [s.sigma**-2 for s in parents]
@@ -428,10 +409,8 @@ class NoChild(Exception):
 
 @dataclass
 class Tournament:
-    """What an operator works with: an iteration's prompts and their rollouts, and the reflection model.
-
-    ask(request, [slots, …]) samples a reply to each request, a section of prompts_seed.txt filled in with the slots.
-    """
+    """What an operator works with: an iteration's prompts and their rollouts, and the reflection model. ask(request,
+    [slots, …]) samples a reply to each request, a section of prompts_seed.txt filled in with the slots."""
     prompts: list[SystemPrompt]
     groups_MB: list[list[Group]]
     best: int                                          # k: the index of the best prompt
@@ -453,10 +432,8 @@ class Tournament:
 
 
 def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
-    """Contrasts the successes and failures of the best prompt and edits its principles.
-
-    (Alg. 1, lines 13-15; appendix LLM-Based Self-Reflection: summarise, critique, aggregate, apply.)
-    """
+    """Contrasts the successes and failures of the best prompt and edits its principles: summarise, critique, aggregate,
+    apply (Alg. 1, lines 13-15; appendix LLM-Based Self-Reflection)."""
     c, parent = r.config, r.prompts[r.best]
     wanted = {"contrast": lambda g: g.contrast, "failures": lambda g: g.value < 1, "all": lambda g: True}
     groups = [g for g in r.groups_MB[r.best] if wanted[c.reflect_on](g)][: c.reflect_problems or None]
@@ -538,10 +515,8 @@ def critique_slots(problem: Problem, principles: dict, summaries: list[tuple[str
 
 
 def aggregate_slots(principles: dict, proposals: list[dict]) -> tuple[dict, dict]:
-    """The principles with the proposed new ones as candidates C0, C1, …, and the slots of the aggregation request.
-
-    Candidates are in unless the plan merges them away; a proposed modification only if the plan repeats it.
-    """
+    """The principles with the proposed new ones as candidates C0, C1, …, and the slots of the aggregation request. The
+    candidates are in unless the plan merges them away; a proposed modification only if the plan repeats it."""
     added = [" ".join(op["principle"].split()) for op in proposals if op["operation"] == "add"]
     candidates = principles | {f"C{i}": text for i, text in enumerate(added)}
     changes = [f"[{op['modified_from']}] -> {op['principle']}" for op in proposals if op["operation"] == "modify"]
@@ -567,11 +542,9 @@ ESCAPE = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq
 
 
 def parse_operations(reply: str) -> list[dict] | None:
-    """The JSON list of operations at the end of a reply; None when there is none ([] is an answer).
-
-    It is looked for in the last fenced block that has one, else in the last list, else anywhere; complete operations of
-    a list that breaks off count. Text inside <think>…</think> is never read.
-    """
+    """The JSON list of operations at the end of a reply; None when there is none ([] is an answer). It is looked for in
+    the last fenced block that has one, else in the last list, else anywhere; complete operations of a list that breaks
+    off count. Text inside <think>…</think> is never read."""
     text = final_text(reply)
     fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
     for block in [*fenced[::-1], re.split(r"\[(?=\s*\{)", text)[-1], text]:
@@ -1662,38 +1635,37 @@ class Task:
 
 
 def task_file(name: str) -> dict[str, Any]:
-    """What the file of a task defines, {} for built-in tasks. Raises UserError if it is not there or does not load."""
-    if not name or name in MATHS:
+    """What the file of a task defines. Raises UserError if it is not there or does not load."""
+    if not name:
         return {}
+    if name in MATHS:
+        return {"problems": lambda c: [[x for data_set in part for x in read_hub(data_set)] for part in MATHS[name]]}
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / "tasks" / f"{name}.py"
     if not path.is_file():
-        raise UserError(f"--task {name}: there is no {path}; get the folder tasks/ of this project, give the path of a "
-                        f"task file, or choose one of {', '.join(MATHS)}")
+        raise UserError(f"--task {name}: there is no {path}; get the folder tasks/, or choose of {', '.join(MATHS)}")
     with explained(f"task file {path} does not load"):
         return runpy.run_path(str(path))
 
 
 def load_task(c: Config) -> Task:
     """Problems, split into train and validation by the seed, and the texts, reward and language of config's task."""
-    own, hub = task_file(c.task), MATHS.get(c.task, ([], []))
+    own = task_file(c.task)
     with explained(f"task {c.task}: its texts, tools or problems fail"):
         texts = read_prompts(c.prompts_file or DEFAULT_PROMPTS, Path(c.task).stem, own.get("PROMPTS", ""))
         tools = own["tools"](c) if "tools" in own else {}
         made = own["problems"](c) if "problems" in own and not (c.train_file and c.test_file) else ([], [])
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
-    parts = []
-    for file, names, records, flag_name in zip((c.train_file, c.test_file), hub, made, ("--train-file", "--test-file")):
+    rng, parts, seen = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), [], set()
+    for file, records, flag_name in (c.test_file, made[1], "--test-file"), (c.train_file, made[0], "--train-file"):
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
-        found += [] if file else [x for name in names for x in read_hub(name)]
-        if not found:
-            raise UserError(f"there is no problem in {file or names or c.task}; choose another {flag_name}")
-        parts.append(list({x.question: x for x in reversed(found)}.values())[::-1])  # of duplicates the first
-    rng, (train, test) = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), parts
-    seen = {x.question for x in test}
-    train = [x for x in train if x.question not in seen]  # never train on a test problem
-    if not train:
-        raise UserError("every training problem is also a test problem; use another --train-file")
+        new = {x.question: x for x in reversed(found) if x.question not in seen}  # of duplicates the first
+        if not new:
+            besides = " that is not also a test problem" * bool(found)
+            raise UserError(f"there is no problem in {file or c.task}{besides}; choose another {flag_name}")
+        parts.append(list(new.values())[::-1])
+        seen |= new.keys()  # never train on a test problem
+    test, train = parts
     if 0 < c.test_size < len(test):
         test = [test[i] for i in sorted(rng(b"test").choice(len(test), c.test_size, replace=False))]
     train = [train[i] for i in rng(b"split").permutation(len(train))[: c.train_size]]
@@ -1727,12 +1699,12 @@ def read_jsonl(path: str) -> list[Problem]:
     return problems
 
 
-def read_hub(name: str) -> list[Problem]:
-    """Problems of a Hugging Face data set 'owner/name:split'."""
-    path, split = name.split(":")
+def read_hub(name: str) -> list[dict]:
+    """Records of a Hugging Face data set 'owner/name:split'."""
     with explained(f"cannot load the data set {name}", "download it elsewhere, or use --train-file and --test-file"):
         from datasets import load_dataset
-        return [to_problem(dict(row), f"{name}:{i}") for i, row in enumerate(load_dataset(path, split=split))]
+        path, split = name.split(":")
+        return list(map(dict, load_dataset(path, split=split)))
 
 
 # ---- Words: prompts_seed.txt and the chat template
@@ -1759,10 +1731,8 @@ def fill(template: str, slots: dict[str, str]) -> str:
 
 
 def system_text(task: Task, principles: list[str]) -> str:
-    """The system prompt s as the model reads it: paragraphs of principles and of tools are left out without them.
-
-    The description of the tools stands outside the principles: evolution cannot edit it.
-    """
+    """The system prompt s as the model reads it. A paragraph of principles or tools is left out where there are none.
+    The tools' description stands outside the principles: evolution cannot edit it."""
     from transformers.utils import get_json_schema
     tools = []
     for name, tool in task.tools.items():
@@ -1776,11 +1746,9 @@ def system_text(task: Task, principles: list[str]) -> str:
 
 @dataclass
 class Chat:
-    """Turns texts into token ids through the tokenizer's chat template, the same way everywhere.
-
-    Without a template the plain rendering is system text, blank line, user text, blank line. A template that refuses or
-    loses the system turn (Gemma 2) gets the system text at the top of the user turn.
-    """
+    """Turns texts into token ids through the tokenizer's chat template, the same way everywhere. Without a template the
+    plain rendering is system text, blank line, user text, blank line. A template that refuses or loses the system turn
+    (Gemma 2) gets the system text at the top of the user turn."""
     tokenizer: Any
     role: str = "system"
     thinking: bool = True
@@ -1809,10 +1777,8 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=False).input_ids  # the template wrote BOS itself
 
     def tool_turn(self, reply: str) -> list[int]:
-        """Token ids of a tool's reply: they end the model's turn and begin its next one.
-
-        In the template's own tool role, or as a user's turn in tags where it has none; without a template only in tags.
-        """
+        """Token ids of a tool's reply, which end the model's turn and begin its next: in the tool role of the template,
+        or as a user's turn in tags where it has none; without a template only in tags."""
         special = "|".join(map(re.escape, self.tokenizer.all_special_tokens)) or "$^"
         reply = reply.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         reply = re.sub(special, " ", CONTROL.sub(" ", TAGS.sub(" ", reply)))  # no text of a tool may end its turn
@@ -1859,10 +1825,8 @@ def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list
 
 
 def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
-    """What a tool replies to the call with which `text`, a turn of the model, ends; of a malformed call, why it is.
-
-    A call is <tool_call>{"name": …, "arguments": {…}}</tool_call>. Never raises.
-    """
+    """What a tool replies to the call <tool_call>{"name": …, "arguments": {…}}</tool_call> with which `text`, a turn of
+    the model, ends; of a malformed call, why it is. Never raises."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)  # a thought may mention the tags
     before, tag, call = text.partition("</tool_call>")[0].partition("<tool_call>")
     if not tag:
@@ -1927,10 +1891,8 @@ GRADE_SECONDS, GRADE_BYTES, LONGEST_ANSWER = 5, 400 * 2**20, 1_000  # of time, m
 
 
 def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
-    """(reward, outcome) of each response: 1.0 for correct; 0.0 for wrong, no_answer, timeout and error.
-
-    Strict: only the last \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify.
-    """
+    """(reward, outcome) of each response: 1.0 for correct; 0.0 for wrong, no_answer, timeout and error. Only the last
+    \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify."""
     outcomes, asked = [], []
     for problem, text in pairs:
         answer = (last_boxed(text) or "").strip()
@@ -1969,9 +1931,8 @@ def math_verify_process(seconds: int, max_bytes: int) -> None:
     """Prints a verdict for every line of its input; runs alone, as the main program of another process.
 
     sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often in one C call which no exception interrupts. So
-    each answer gets a forked child, and the kernel enforces both limits on it: SIGALRM keeps its default action, which
-    ends the child whatever it is doing. As every child starts from the same state, no answer can spoil the next
-    verdict. math-verify's own timeouts, made of signals too, stay off.
+    each answer gets a forked child, in the same state, and the kernel enforces both limits on it: SIGALRM keeps its
+    default action, which ends the child whatever it is doing. math-verify's own timeouts, also of signals, stay off.
     """
     import contextlib, json, os, resource, signal, sys  # noqa: E401
     from math_verify import LatexExtractionConfig, parse, verify
