@@ -55,7 +55,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import traceback
 import zlib
@@ -467,13 +466,17 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
 def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
     """Edits the best prompt's principles by those of others that won a problem; parents: the best first   (Alg. 2)."""
     prompts, problems = r.prompts, [g.problem for g in r.groups_MB[0]]
-    wins = crossover_parents(np.array([[g.value for g in row] for row in r.groups_MB]), r.best)
-    if not wins:
+    # Phi: the problems that each prompt strictly won, by its margin over the best other one; the best prompt is first
+    values_MB = np.array([[g.value for g in row] for row in r.groups_MB])
+    margin = lambda i: values_MB[i] - np.delete(values_MB, i, 0).max(0, initial=-math.inf)
+    wins = {i: np.flatnonzero(margin(i) >= 0.01 - 1e-9).tolist() for i in [r.best, *range(len(prompts))]}
+    wins = {i: won for i, won in wins.items() if won}
+    if r.best not in wins or len(wins) < 2:
         raise NoChild("fewer than two prompts, or not the best one, won a problem strictly")
     letters = dict(zip(wins, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
-    [ops] = r.operations("crossover", [crossover_slots(
-        {x: prompts[i].principles for i, x in letters.items()},
-        [(letters[i], b, problems[b]) for i in wins for b in wins[i]])])
+    sets = {x: prompts[i].principles for i, x in letters.items()}
+    [ops] = r.operations("crossover", [
+        crossover_slots(sets, [(letters[i], b, problems[b]) for i in wins for b in wins[i]])])
     if ops is None:
         raise NoChild("the reply did not parse")
     principles = apply_operations(numbered(prompts[r.best].principles, "A."), ops, ("add", "modify", "remove"),
@@ -485,14 +488,6 @@ OPERATORS = {  # name: (operator, its chance in an iteration); add one here, not
     "mutation": (mutate, lambda c: 1.0),
     "crossover": (crossover, lambda c: c.p_crossover if c.num_prompts > 1 and c.mode != "reflection" else 0.0),
 }
-
-
-def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
-    """{prompt: problems it strictly won}, the best first; {} unless the best and another won one   (Alg. 2, Phi)."""
-    margin = lambda i: values_MB[i] - np.delete(values_MB, i, 0).max(0, initial=-math.inf)  # over the best other one
-    wins = {i: np.flatnonzero(margin(i) >= 0.01 - 1e-9).tolist() for i in [best, *range(len(values_MB))]}
-    wins = {i: won for i, won in wins.items() if won}
-    return wins if best in wins and len(wins) > 1 else {}
 
 
 # ---- What the reflection model is shown
@@ -1893,38 +1888,33 @@ GRADE_SECONDS, GRADE_BYTES, LONGEST_ANSWER = 5, 400 * 2**20, 1_000  # of time, m
 def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
     """(reward, outcome) of each response: 1.0 for correct; 0.0 for wrong, no_answer, timeout and error. Only the last
     \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify."""
-    outcomes, asked = [], []
+    outcomes, asked = [], {}
     for problem, text in pairs:
         answer = (last_boxed(text) or "").strip()
-        number = plain_integer(answer)
-        golds = [g for g in problem.answers if number is None or plain_integer(g) is None]  # else settled by integers
+        number, numbers = plain_integer(answer), [plain_integer(gold) for gold in problem.answers]
         if not answer:
             outcomes.append("no_answer")
-        elif any(answer == g or number is not None and number == plain_integer(g) for g in problem.answers):
+        elif answer in problem.answers or number is not None and number in numbers:
             outcomes.append("correct")
-        elif not golds or len(answer) > LONGEST_ANSWER:  # a longer box holds a derivation or an attack
+        elif len(answer) > LONGEST_ANSWER or number is not None and None not in numbers:  # or a derivation, an attack
             outcomes.append("wrong")
         else:
-            outcomes.append(None)
-            asked.append((golds, answer))
-    verdicts = iter(ask_math_verify(asked) if asked else [])
-    outcomes = [o or next(verdicts) for o in outcomes]
+            asked[len(outcomes)] = problem.answers, answer
+            outcomes.append("error")  # unless math-verify, in a process of its own, has a verdict
+    if asked:
+        program = f"{MATH_VERIFY_SOURCE}\nmath_verify_process({GRADE_SECONDS}, {GRADE_BYTES})"
+        lines = "".join(json.dumps(pair) + "\n" for pair in asked.values())
+        try:
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, input=lines,
+                                  timeout=60 + (GRADE_SECONDS + 1) * len(asked))
+            verdicts, reason = done.stdout.split(), (done.stderr.strip().splitlines() or ["it ended early"])[-1]
+        except (OSError, subprocess.TimeoutExpired) as e:
+            verdicts, reason = [], first_line(e)
+        if len(verdicts) < len(asked):
+            warn(f"{len(asked) - len(verdicts)} answers not graded ({reason}); try pip install math-verify")
+        for i, verdict in zip(asked, verdicts):
+            outcomes[i] = verdict
     return [(float(o == "correct"), o) for o in outcomes]
-
-
-def ask_math_verify(pairs: list[tuple[list[str], str]]) -> list[str]:
-    """Verdicts of math-verify on (golds, answer) pairs: correct, wrong, timeout or error. In a process of its own."""
-    program = f"{MATH_VERIFY_SOURCE}\nmath_verify_process({GRADE_SECONDS}, {GRADE_BYTES})"
-    try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                              input="".join(json.dumps(p) + "\n" for p in pairs),
-                              timeout=60 + (GRADE_SECONDS + 1) * len(pairs))
-        verdicts, reason = done.stdout.split(), (done.stderr.strip().splitlines() or ["it ended early"])[-1]
-    except (OSError, subprocess.TimeoutExpired) as e:
-        verdicts, reason = [], first_line(e)
-    if len(verdicts) < len(pairs):
-        warn(f"{len(pairs) - len(verdicts)} answers not graded ({reason}); try pip install math-verify")
-    return verdicts + ["error"] * (len(pairs) - len(verdicts))
 
 
 def math_verify_process(seconds: int, max_bytes: int) -> None:
@@ -2109,9 +2099,9 @@ def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict
     calls[request] += 1  # for each call a seed of its own
     limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
     prompts = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
-    responses = generate(run.policy, theta, prompts, [1] * len(prompts), Sampling(
-        c.reflect_temperature, c.top_p, c.reflect_tokens, run.seed(f"{request}/{calls[request]}/{iteration}"),
-        f"reflecting: {request}"))
+    sampling = Sampling(c.reflect_temperature, c.top_p, c.reflect_tokens,
+                        run.seed(f"{request}/{calls[request]}/{iteration}"), f"reflecting: {request}")
+    responses = generate(run.policy, theta, prompts, [1] * len(prompts), sampling)
     replies = [run.chat.text(r.tokens, ids) for ids, [r] in zip(prompts, responses)]
     run.append("reflections.jsonl", [
         dict(iteration=iteration, request=request, prompt=run.chat.tokenizer.decode(p), reply=reply)
@@ -2294,7 +2284,7 @@ def closing_report(run: Run) -> str:
         name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
         lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
     return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}",
-                      textwrap.indent(listing(numbered(s.principles)), "    "), "", f"files: {run.directory}"])
+                      re.sub("^", "    ", listing(numbered(s.principles)), flags=re.M), "", f"files: {run.directory}"])
 
 
 def parse_args(argv: list[str]) -> Config:

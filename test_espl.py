@@ -1841,8 +1841,14 @@ def test_mutation_drops_leaks_of_proposal_and_plan(allow):
     ([[0.9, 0.9], [0.1, 0.1]], 0, {}),                                            # and so must another
 ])
 def test_crossover_parents(values, best, parents):
-    result = espl.crossover_parents(np.array(values), best)
-    assert result == parents and list(result) == list(parents)
+    found, ask, _ = crossover_of("[]", rewards=values, best=best)
+    if not parents:
+        assert "strictly" in found and not ask.asked
+        return
+    assert [s.id - 10 for s in found[1]] == list(parents)  # the best one first; set A
+    [request] = ask.requests("crossover")
+    wins = re.findall(r"Problem (\d) \(won by set (\w)\)", request["wins"])
+    assert {i: [int(b) for b, x in wins if x == letter] for i, letter in zip(parents, "ABC")} == parents
 
 
 def crossover_of(*replies, rewards=((0.0, 1.0), (1.0, 0.2), (0.5, 0.2)), best=1):
@@ -2301,7 +2307,7 @@ def full_disk(*_, **__):
 
 
 @pytest.mark.parametrize("part, warning", [
-    ("runpy", "it broke"), ("open", "No space left"), ("ask_math_verify", "answers not graded")])
+    ("runpy", "it broke"), ("open", "No space left"), ("subprocess", "answers not graded")])
 def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     generate = espl.generate
 
@@ -2309,14 +2315,14 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
         return (fail if "reflecting" in args[4].label else generate)(*args)
 
     patches = {"open": dict(open=full_disk),
-               "ask_math_verify": dict(plain_integer=lambda text: None, subprocess=SimpleNamespace(
+               "subprocess": dict(plain_integer=lambda text: None, subprocess=SimpleNamespace(
                    run=full_disk, TimeoutExpired=subprocess.TimeoutExpired)),
                "runpy": dict(runpy=SimpleNamespace(run_path=fail), generate=reflecting_fails)}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
     assert warning in error and "badly" not in error and run.population[0].history
     if part == "runpy":
         assert metrics(run)[1]["no_child"]["mutation"] == "failed: it broke" and len(prompts_of(run)) == 1
-    if part == "ask_math_verify":
+    if part == "subprocess":
         assert metrics(run)[1]["outcomes"]["error"] > 0
 
 
