@@ -30,8 +30,7 @@ hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evoluti
 8 tasks, 9 a run, its files and the program.
 
 Where this file departs from the paper, and why:
- 1. Selection: the highest score plus random others, which the paper calls its simplified strategy; --selection has
-    line 4's softmax and more.
+ 1. Selection: the highest score plus random others, the paper's simplified strategy; --selection has line 4's softmax.
  2. A child's sigma is sqrt(sigma^2 + dsigma^2), as in the paper's appendix and Algorithm 2, not line 16's sum.
  3. Neighbours in the ranking within 0.01 tie; ties for the best prompt are broken at random, by the seed.
  4. A validation split of the training problems picks the checkpoint; the test set only reports, and its questions are
@@ -111,8 +110,7 @@ class Config:
     prompts_file: str = flag("", "Task", "what is said to the model (default: prompts_seed.txt beside espl.py)")
 
     model: str = flag("Qwen/Qwen3-1.7B", "Model", "hub name, or directory in Hugging Face layout")
-    dtype: str = flag("auto", "Model", "of frozen weights and activations (auto: float32 on CPU, else bfloat16)",
-                      choices=("auto", "bfloat16", "float32"))
+    dtype: str = flag("auto", "Model", "auto: float32 on CPU, else bfloat16", choices=("auto", "bfloat16", "float32"))
     lora_rank: int = flag(32, "Model", "rank of the adapter; 0 trains all weights", "R", low=0)
     lora_alpha: float = flag(32.0, "Model", "the adapter's output is scaled by alpha / rank", low=0)
     model_parallel: int = flag(1, "Model", "devices along the mesh's model axis; the rest are its data axis", low=1)
@@ -351,19 +349,17 @@ def select(population: list[SystemPrompt], c: Config, rng) -> list[SystemPrompt]
     """M distinct prompts of the K most recent ones, all while there are fewer   (Alg. 1, line 4; section Selection)."""
     window = population[-min(c.window, c.max_pool_size):]
     scores = np.array([s.mu + c.ucb_lambda * s.sigma for s in window])
-    order = rng.permutation(len(window))  # ties, the random rest, and all of --selection uniform, in random order
+    order, first = rng.permutation(len(window)), None  # ties, and what is drawn at random, in random order
     match c.selection:
         case "top_random":  # "always add the highest score, but randomly sample from the rest of the sliding window"
-            best = argmax(scores, rng)
-            order = sorted(order, key=lambda i: i != best)
+            first, scores = argmax(scores, rng), 0 * scores
         case "softmax":     # p_i ~ exp(score_i / T) without replacement: the largest of score / T + Gumbel noise
-            noisy = scores / c.selection_temperature + rng.gumbel(size=len(window))
-            order = sorted(order, key=lambda i: -noisy[i])
-        case "ucb":
-            order = sorted(order, key=lambda i: -scores[i])
-        case "lucb":        # the best lower bound, then the best upper bounds
-            champion = max(order, key=lambda i: window[i].mu - c.ucb_lambda * window[i].sigma)
-            order = sorted(order, key=lambda i: (i != champion, -scores[i]))
+            scores = scores / c.selection_temperature + rng.gumbel(size=len(window))
+        case "uniform":
+            scores = 0 * scores
+        case "lucb":        # the best lower bound, then the best upper bounds; ucb: these alone
+            first = max(order, key=lambda i: window[i].mu - c.ucb_lambda * window[i].sigma)
+    order = sorted(order, key=lambda i: (i != first, -scores[i]))
     return sorted((window[i] for i in order[: c.num_prompts]), key=lambda s: s.id)
 
 
@@ -379,8 +375,7 @@ def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: 
             s.mu, s.sigma = v, 1.0
     elif len(prompts) > 1:
         env = trueskill.TrueSkill(mu=25.0, sigma=25.0 / 3, beta=25.0 / 6, tau=25.0 / 300, draw_probability=0.10)
-        rated = env.rate([(env.create_rating(s.mu, s.sigma),) for s in prompts], ranks)
-        for s, (r,) in zip(prompts, rated):
+        for s, (r,) in zip(prompts, env.rate([(env.create_rating(s.mu, s.sigma),) for s in prompts], ranks)):
             s.mu, s.sigma = r.mu, r.sigma
     for s, v, rank in zip(prompts, values, ranks):
         s.history.append({"iteration": iteration, "value": v, "rank": rank, "mu": s.mu, "sigma": s.sigma})
@@ -449,7 +444,7 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         for g in groups])
     proposals = []
     for ops in critiques:
-        good = valid(ops or [], ("add", "modify"), current, problems, c, r.dropped)
+        good = [op for op in ops or [] if valid(op, ("add", "modify"), current, problems, c, r.dropped)]
         r.dropped.update({"beyond K_ops": max(0, len(good) - c.max_operations)})
         proposals += good[: c.max_operations]
     if not proposals:
@@ -566,54 +561,38 @@ def leaks(principle: str, problems: list[Problem]) -> bool:
     """True if a principle gives away one of these problems: twelve words of it in a row, or an answer that is a number
     of three digits or more or another text of six characters or more."""
     words = lambda text: re.findall(r"\w+", text.lower())
-    said = f" {' '.join(words(principle))} "
-    for problem in problems:
-        text = words(problem.question)  # of a shorter one all of it, unless that is five words or fewer
-        if any(f" {' '.join(text[i: i + 12])} " in said for i in range(max(len(text) - 11, len(text) > 5))):
-            return True
-        for answer in ("".join(a.split()) for a in problem.answers):
-            if re.fullmatch(r"-?\d[\d,.]*", answer):
-                number = rf"(?<![\d.]){re.escape(answer)}(?!\d|\.\d)"
-                if sum(map(str.isdigit, answer)) >= 3 and re.search(number, principle):
-                    return True
-            elif len(answer) >= 6 and answer in "".join(principle.split()):
-                return True
-    return False
+    said, bare = f" {' '.join(words(principle))} ", "".join(principle.split())
+    quoted = lambda question: any(  # of one with fewer than twelve words all of it, unless that is five or fewer
+        f" {' '.join(question[i: i + 12])} " in said for i in range(max(len(question) - 11, len(question) > 5)))
+    number = lambda a: sum(map(str.isdigit, a)) >= 3 and re.search(rf"(?<![\d.]){re.escape(a)}(?!\d|\.\d)", principle)
+    told = lambda a: number(a) if re.fullmatch(r"-?\d[\d,.]*", a) else len(a) >= 6 and a in bare
+    return any(quoted(words(x.question)) or any(told("".join(a.split())) for a in x.answers) for x in problems)
 
 
-def fault(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Config) -> str:
-    """Why this operation must be dropped; "" if it may be applied to principles with these ids."""
-    if not isinstance(op, dict) or op.get("operation") not in kinds:
-        return "unknown operation"
-    named = SOURCES[op["operation"]](op)
-    if not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named):
-        return "unknown id"
-    if op["operation"] == "merge" and len(set(named)) < 2:
-        return "merge of fewer than two"
-    if op["operation"] == "remove":
-        return ""
-    text = op.get("principle")
-    if not isinstance(text, str) or not text.strip() or not " ".join(text.split()).isprintable():
-        return "no text"  # or one that no tokenizer takes: half a surrogate pair
-    if CONTROL.search(text):
-        return "control token"
-    if len(text.split()) > c.max_principle_words or len(text) > 12 * c.max_principle_words:
-        return "too long"
-    return "leaks a problem" if not c.allow_leaks and leaks(text, problems) else ""
-
-
-def valid(ops: list, kinds, ids, problems, c: Config, dropped: Counter) -> list[dict]:
-    """The valid ones among ops; each of the others is dropped alone and counted by its fault."""
-    faults = [fault(op, kinds, ids, problems, c) for op in ops]
-    dropped.update(filter(None, faults))
-    return [op for op, why in zip(ops, faults) if not why]
+def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Config, dropped: Counter) -> bool:
+    """Whether an operation may be applied to principles with these ids; if not, it is dropped alone, and counted."""
+    fields = op if isinstance(op, dict) else {}
+    kind = fields.get("operation")
+    named = SOURCES[kind](fields) if kind in kinds else []
+    text = "-" if kind == "remove" else fields.get("principle")  # what is removed needs no text
+    faults = {  # the first one counts
+        "unknown operation": lambda: kind not in kinds,
+        "unknown id": lambda: not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named),
+        "merge of fewer than two": lambda: kind == "merge" and len(set(named)) < 2,
+        "no text": lambda: not isinstance(text, str) or not text.strip() or not " ".join(text.split()).isprintable(),
+        "control token": lambda: CONTROL.search(text),
+        "too long": lambda: len(text.split()) > c.max_principle_words or len(text) > 12 * c.max_principle_words,
+        "leaks a problem": lambda: not c.allow_leaks and leaks(text, problems)}
+    why = next((name for name, found in faults.items() if found()), None)
+    dropped.update([why] if why else [])
+    return not why
 
 
 def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problems, c: Config, dropped: Counter):
     """git.apply(s, diff): the principles after the valid operations, in order, as a list (renumbered G0, G1, …)."""
     result = dict(principles)
     for n, op in enumerate(ops):
-        if valid([op], kinds, result, problems, c, dropped):  # ids as earlier operations left them
+        if valid(op, kinds, result, problems, c, dropped):  # ids as earlier operations left them
             text = "" if op["operation"] == "remove" else " ".join(op["principle"].split())
             first, *rest = dict.fromkeys(SOURCES[op["operation"]](op) or [n])  # n: an id that no operation can name
             result = {i: t for i, t in (result | {first: text}).items() if t and i not in rest}
@@ -1592,9 +1571,8 @@ def check_tensors(tensors: dict[str, Any], named: list[tuple[str, Any]], cfg: Mo
 
 SLOTS = {  # sections of prompts_seed.txt and the slots each must contain
     "system": ("principles",), "principles": (), "summarize": ("problem", "response", "grade", "answer"),
-    "critique": ("problem", "principles", "attempts", "answer"),
-    "aggregate": ("principles", "suggestions"), "crossover": ("sets", "wins"),
-}
+    "critique": ("problem", "principles", "attempts", "answer"), "aggregate": ("principles", "suggestions"),
+    "crossover": ("sets", "wins")}
 DEFAULT_PROMPTS = str(Path(__file__).parent / "prompts_seed.txt")
 
 
@@ -2179,15 +2157,14 @@ def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) ->
 
 def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
     """Bring `run` back to its latest checkpoint and cut its logs there; returns the iteration, -1 if there is none."""
-    if (iteration := manager.latest_step()) is not None:
+    if (done := max(manager.all_steps(), default=-1)) >= 0:
         like = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
-        state = manager.restore(iteration, args=ocp.args.Composite(
+        state = manager.restore(done, args=ocp.args.Composite(
             weights=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
             loop=ocp.args.JsonRestore()))
         run.policy.theta, run.trainer.opt_state = state["weights"]["theta"], state["weights"]["opt_state"]
         run.population = [SystemPrompt(**s) for s in state["loop"]["prompts"]]
         run.evaluations = state["loop"]["evaluations"]
-    done = -1 if iteration is None else iteration
     logs = [run.directory / name for name in ("metrics.jsonl", "rollouts.jsonl", "reflections.jsonl")]
     for path in filter(Path.is_file, logs):
         with open(path, "rb+") as file:  # bytes: only \n ends a record
