@@ -82,6 +82,7 @@ from tqdm import tqdm
 # 2. Config: the flags. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
 
+RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
 MATHS = {  # the built-in tasks: (train sets, test sets), each a "data set of the hub:split"
     "aime": ([AIME], ["ByteDance-Seed/BeyondAIME:test"]),
@@ -173,9 +174,6 @@ class Config:
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
     save_every: int = flag(1, "Run", "iterations between checkpoints", low=1)
     compile_cache: str = flag("~/.cache/espl/jax", "Run", "folder of compiled programs ('': off)")
-
-
-RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache")
 
 # ======================================================================================================================
 # 3. Algorithm 1: the loop over iterations, and one iteration from rollouts to children
@@ -1727,8 +1725,7 @@ class Chat:
     thinking: bool = True
 
     def render(self, conversations: list[list[dict]], must_say: str) -> str:
-        """The first of these conversations that the template takes and says in full, up to where the model's next turn
-        begins; "" if there is none."""
+        """The first of these conversations that the template takes, and says in full; "" if there is none."""
         for messages in conversations if self.tokenizer.chat_template else ():
             with contextlib.suppress(Exception):  # jinja2's TemplateError: "System role not supported"
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
@@ -1896,12 +1893,10 @@ def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
 
 
 def math_verify_process(seconds: int, max_bytes: int) -> None:
-    """Prints a verdict for every line of its input; runs alone, as the main program of another process.
-
-    sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often in one C call which no exception interrupts. So
-    each answer gets a forked child, in the same state, and the kernel enforces both limits on it: SIGALRM keeps its
-    default action, which ends the child whatever it is doing. math-verify's own timeouts, also of signals, stay off.
-    """
+    """Prints a verdict for every line of its input; runs alone, as the main program of another process. sympy can loop
+    for ever or eat all memory on `9^{9^{9^9}}`, often in one C call which no exception interrupts. So each answer gets a
+    forked child, in the same state, and the kernel enforces both limits on it: SIGALRM keeps its default action, which
+    ends the child whatever it is doing. math-verify's own timeouts, also of signals, stay off."""
     import contextlib, json, os, resource, signal, sys  # noqa: E401
     from math_verify import LatexExtractionConfig, parse, verify
 
