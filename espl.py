@@ -1572,6 +1572,8 @@ SLOTS = {  # sections of prompts_seed.txt and the slots each must contain
     "critique": ("problem", "principles", "attempts", "answer"), "aggregate": ("principles", "suggestions"),
     "crossover": ("sets", "wins")}
 DEFAULT_PROMPTS = str(Path(__file__).parent / "prompts_seed.txt")
+TAGS, LONGEST_CALL = re.compile(r"</?tool_(?:call|response)>"), 4_000  # of a tool's call, in characters
+GRADE_SECONDS, GRADE_BYTES, LONGEST_ANSWER = 5, 400 * 2**20, 1_000  # of time, memory and characters, for each answer
 
 
 @dataclass(frozen=True)
@@ -1772,10 +1774,6 @@ def final_text(text: str) -> str:
 
 # ---- Tools: functions of keyword arguments that return a text. Signature and docstring are what the model is told.
 
-TAGS = re.compile(r"</?tool_(?:call|response)>")
-LONGEST_CALL = 4_000  # characters
-
-
 def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list[int] | None:
     """The `environment` of `generate`: if the model's turn holds a call of a tool, cuts the response after it and
     returns the tokens of the reply, or [] after too many calls."""
@@ -1857,9 +1855,6 @@ def plain_integer(text: str) -> int | None:
     return int(re.sub(separator, "", match[1])) if match and len(text) <= LONGEST_ANSWER else None
 
 
-GRADE_SECONDS, GRADE_BYTES, LONGEST_ANSWER = 5, 400 * 2**20, 1_000  # of time, memory and characters, for each answer
-
-
 def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
     """(reward, outcome) of each response: 1.0 for correct; 0.0 for wrong, no_answer, timeout and error. Only the last
     \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify."""
@@ -1894,9 +1889,9 @@ def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
 
 def math_verify_process(seconds: int, max_bytes: int) -> None:
     """Prints a verdict for every line of its input; runs alone, as the main program of another process. sympy can loop
-    for ever or eat all memory on `9^{9^{9^9}}`, often in one C call which no exception interrupts. So each answer gets a
-    forked child, in the same state, and the kernel enforces both limits on it: SIGALRM keeps its default action, which
-    ends the child whatever it is doing. math-verify's own timeouts, also of signals, stay off."""
+    for ever or eat all memory on `9^{9^{9^9}}`, often in one C call which no exception interrupts. So each answer gets
+    a forked child, in the same state, and the kernel enforces both limits on it: SIGALRM's default action ends the
+    child whatever it is doing. math-verify's own timeouts, also of signals, stay off."""
     import contextlib, json, os, resource, signal, sys  # noqa: E401
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -1927,6 +1922,9 @@ MATH_VERIFY_SOURCE = inspect.getsource(math_verify_process)  # now: this file ma
 # ======================================================================================================================
 # 9. A run: its reflection model and evaluations, its files, its screen, and the program
 # ======================================================================================================================
+
+REPORT = Path(__file__).with_name("tools") / "report.py"  # draws curves.png and tree.png; a run does without it
+HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
 
 
 class UserError(Exception):
@@ -2126,9 +2124,6 @@ def evaluate(run: Run, iteration: int) -> dict:
 
 # ---- Checkpoints and logs
 
-REPORT = Path(__file__).with_name("tools") / "report.py"  # draws curves.png and tree.png; a run does without it
-
-
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
     """Orbax checkpoints in <run>/<name>."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
@@ -2210,9 +2205,6 @@ def write_logs(run: Run, m: dict) -> None:
 
 
 # ---- The screen and the program
-
-HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
-
 
 def print_line(run: Run, m: dict) -> None:
     """A line an iteration, heads now and then, and advice when no child is made for long."""
