@@ -1563,8 +1563,7 @@ def check_tensors(tensors: dict[str, Any], named: list[tuple[str, Any]], cfg: Mo
 
 
 # ======================================================================================================================
-# 8. Tasks: problems, the words sent to the model, tools, and the reward. A task is a file in tasks/ (README shows one);
-#    the mathematical ones, which need none, are here.
+# 8. Tasks: problems, words for the model, tools and reward. A task is a file in tasks/; the mathematical ones are here.
 # ======================================================================================================================
 
 SLOTS = {  # sections of prompts_seed.txt and the slots each must contain
