@@ -20,8 +20,7 @@ Algorithm 1 of the paper, its statements numbered from "Initialize S", and where
     12     k <- argmax_i V_i                                                       argmax
     13-15  reflect on the rollouts of s_k; diff ~ pi_ref; git.apply(s_k, diff)     mutate, apply_operations
     16     S.append(s_mutate, mu_k, sigma_k + dsigma)                              add_child
-    17-20  with p_crossover: Algorithm 2                                           crossover
-    21     S.append(s', mu', sigma')                                               add_child
+    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')                crossover, add_child
 
 Axes are suffixes of names. In sections 3 and 4: M system prompts, B problems of a batch, N rollouts; V_i is a mean
 reward over a batch, V[i,b] over one problem. In sections 5 to 7: B rows, T query tokens, S key tokens, N query heads, K
@@ -1638,8 +1637,7 @@ def load_task(c: Config) -> Task:
         parts.append(list(new.values())[::-1])
         seen |= new.keys()  # never train on a test problem
     test, train = parts
-    if 0 < c.test_size < len(test):
-        test = [test[i] for i in sorted(rng(b"test").choice(len(test), c.test_size, replace=False))]
+    test = [test[i] for i in sorted(rng(b"test").permutation(len(test))[: c.test_size or None])]
     train = [train[i] for i in rng(b"split").permutation(len(train))[: c.train_size]]
     held = min(c.val_size, len(train) // 5)
     return Task(Path(c.task or c.train_file).stem, train[held:], train[:held], test, texts, own.get("reward"),
@@ -1967,7 +1965,6 @@ class Run:
     directory: Path
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
-    barren: list[str] = field(default_factory=list)       # why the iterations since the last child made none
 
     @property
     def policy(self) -> Policy:  # one model for sampler and trainer
@@ -2221,11 +2218,9 @@ def print_line(run: Run, m: dict) -> None:
     if m["iteration"] % 20 == 0:
         tqdm.write(HEADS)
     tqdm.write(" | ".join(parts))
-    run.barren = run.barren + list(m["no_child"].values())[:1] if m.get("no_child") and not m["children"] else []
-    if len(run.barren) == 10:
-        reason, _ = Counter(r.partition(" (")[0] for r in run.barren).most_common(1)[0]
-        warn("no child for ten iterations, mostly: " + next(r for r in run.barren[::-1] if r.startswith(reason)))
-        run.barren = []
+    barren = m["iteration"] - run.population[-1].iteration  # iterations since the last child
+    if m.get("no_child") and barren and barren % 10 == 0:
+        warn(f"no child for {barren} iterations, lastly: {next(iter(m['no_child'].values()))}")
 
 
 def summary(evaluations: list[dict]) -> dict[str, dict]:

@@ -2729,7 +2729,7 @@ def screen(capsys, run, **m):
 
 
 def test_a_line_an_iteration(capsys):
-    run = SimpleNamespace(barren=[])
+    run = SimpleNamespace(population=population_of((25, 8)))
     m = dict(iteration=49, reward_mean=0.86, rewards={24: 0.9, 26: 0.9}, best=26, loss=0.0, grad_norm=0.384,
              entropy=0.112)
     assert screen(capsys, run, **m, children={"mutation": {"id": 28, "parents": [26]}}).out == (
@@ -2745,14 +2745,16 @@ def test_a_line_an_iteration(capsys):
 
 
 def test_the_screen_says_why_nothing_is_bred_only_after_ten_iterations(capsys):
-    """With the most frequent reason, whatever the numbers in it; a child starts the count anew."""
-    run, said = SimpleNamespace(barren=[]), []
+    """With the latest reason; a child starts the count anew."""
+    run, said = SimpleNamespace(population=population_of((25, 8))), []
     for i in range(1, 35):
-        why = f"no valid proposal ({i} of 99 critiques did not parse)" if i % 3 else "nothing changed (equal to 3)"
+        if i == 4:
+            espl.add_child(run.population, ["new"], run.population[:1], "mutation", i, espl.Config())
         child = {"mutation": {"id": 1, "parents": [0]}} if i == 4 else {}
-        said += [(i, screen(capsys, run, iteration=i, children=child, no_child={} if child else {"mutation": why}).err)]
+        no_child = {} if child else {"mutation": f"no valid proposal ({i} of 99 critiques did not parse)"}
+        said += [(i, screen(capsys, run, iteration=i, children=child, no_child=no_child).err)]
     assert [i for i, err in said if err] == [14, 24, 34]
-    assert said[13][1] == ("espl: warning: no child for ten iterations, mostly: no valid proposal (14 of 99 critiques "
+    assert said[13][1] == ("espl: warning: no child for 10 iterations, lastly: no valid proposal (14 of 99 critiques "
                            "did not parse)\n")
 
 
