@@ -1632,8 +1632,8 @@ def load_task(c: Config) -> Task:
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
         new = {x.question: x for x in reversed(found) if x.question not in seen}  # of duplicates the first
         if not new:
-            besides = " that is not also a test problem" * bool(found)
-            raise UserError(f"there is no problem in {file or c.task}{besides}; choose another {flag_name}")
+            where = (file or c.task or "a missing file") + " that is not also a test problem" * bool(found)
+            raise UserError(f"there is no problem in {where}; choose another {flag_name}")
         parts.append(list(new.values())[::-1])
         seen |= new.keys()  # never train on a test problem
     test, train = parts
@@ -2294,10 +2294,7 @@ def parse_args(argv: list[str]) -> Config:
         if m["low"] is not None and not m["low"] <= value <= m["high"]:
             limit = f" and at most {m['high']}" * (m["high"] < sys.float_info.max)
             raise UserError(f"{name} {value}: must be at least {m['low']}{limit}")
-    config = kind(**defaults | given)
-    if not (config.task or config.train_file and config.test_file):
-        raise UserError("choose a --task, or give --train-file and --test-file; see python espl.py --help")
-    return config
+    return kind(**defaults | given)
 
 
 @contextlib.contextmanager
