@@ -50,7 +50,6 @@ import math
 import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -183,7 +182,7 @@ def train(run: Run) -> None:
     """Algorithm 1's loop, with evaluations (the first before training), logs and checkpoints."""
     c = run.config
     last = last_iteration(run)
-    with checkpoint_manager(run, "checkpoints", keep=2) as manager, interrupts() as interrupted:
+    with checkpoint_manager(run, "checkpoints", keep=2) as manager:
         done = restore_checkpoint(run, manager) if c.resume else -1
         for iteration in range(done + 1, last + 1):
             run.seconds.clear()
@@ -194,8 +193,6 @@ def train(run: Run) -> None:
             print_line(run, m)
             if iteration % c.save_every == 0 or iteration == last:
                 save_checkpoint(run, manager, iteration)
-            if interrupted:  # inside a callback of some library, which swallowed the exception
-                raise KeyboardInterrupt
 
 
 def espl_iteration(run: Run, iteration: int) -> dict:
@@ -2295,18 +2292,6 @@ def parse_args(argv: list[str]) -> Config:
             limit = f" and at most {m['high']}" * (m["high"] < sys.float_info.max)
             raise UserError(f"{name} {value}: must be at least {m['low']}{limit}")
     return kind(**defaults | given)
-
-
-@contextlib.contextmanager
-def interrupts():
-    """A list that is no longer empty when Ctrl-C was pressed, even if some library swallowed the KeyboardInterrupt."""
-    pressed, old = [], signal.getsignal(signal.SIGINT)
-    if old is signal.default_int_handler:  # not if it is ignored, as in the background
-        signal.signal(signal.SIGINT, lambda *args: pressed.append(True) or old(*args))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, old)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2361,19 +2361,6 @@ def test_interrupted_from_outside(world, tmp_path, ctrl_c):
     assert [m["iteration"] for m in metrics(play(["--resume", tmp_path / "run"]))] == [0, 1]
 
 
-def test_an_interrupt_that_was_swallowed_ends_the_run_after_its_iteration(world, tmp_path, capsys, ctrl_c):
-    generate, before = espl.generate, signal.getsignal(signal.SIGINT)
-
-    def swallowing(*args):
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        return generate(*args)
-
-    run = play(flags(world, tmp_path / "run", iterations=3), code=130, generate=swallowing)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert [m["iteration"] for m in metrics(run)] == [0] and "--resume" in capsys.readouterr().err
-
-
 def test_later_checkpoints_of_a_killed_run_are_replaced(run_of, tmp_path):
     with espl.checkpoint_manager(run_of("rl"), str(tmp_path / "other"), keep=1) as manager:
         for iteration in (8, 6):  # orbax itself ignores a step that is not the latest
