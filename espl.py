@@ -321,8 +321,8 @@ def to_samples(groups_MB: list[list[Group]], c: Config) -> list[Sample]:
 
 @dataclass
 class SystemPrompt:
-    """Member s of the population: a list of principles (G0, G1, …; none at the root), rating and lineage. The list of
-    all prompts ever made is the population; the paper's S is its youngest max_pool_size (first in, first out)."""
+    """Member s of the population: a list of principles (G0, G1, …; none at the root), rating and lineage.
+    The population is a list of all prompts ever made, by id; the paper's S is its youngest max_pool_size (FIFO)."""
     id: int
     principles: list[str]
     mu: float = 25.0               # TrueSkill's defaults (section Hyper-parameters)
@@ -569,7 +569,7 @@ def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Conf
     kind = fields.get("operation")
     named = SOURCES[kind](fields) if kind in kinds else []
     text = "-" if kind == "remove" else fields.get("principle")  # what is removed needs no text
-    faults = {  # the first one counts
+    faults = {  # the first one counts; no tokenizer takes half a surrogate pair, so that it is no text
         "unknown operation": lambda: kind not in kinds,
         "unknown id": lambda: not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named),
         "merge of fewer than two": lambda: kind == "merge" and len(set(named)) < 2,
