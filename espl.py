@@ -1607,7 +1607,8 @@ def task_file(name: str) -> dict[str, Any]:
     if not name:
         return {}
     if name in MATHS:
-        return {"problems": lambda c: [[x for data_set in part for x in read_hub(data_set)] for part in MATHS[name]]}
+        read = lambda file, names: [] if file else [x for data_set in names for x in read_hub(data_set)]
+        return {"problems": lambda c: list(map(read, (c.train_file, c.test_file), MATHS[name]))}
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / "tasks" / f"{name}.py"
     if not path.is_file():
         raise UserError(f"--task {name}: there is no {path}; get the folder tasks/, or choose of {', '.join(MATHS)}")

@@ -2581,6 +2581,13 @@ def test_to_problem(record, question, answers):
     assert problem == espl.Problem("here", question, answers) and problem.record == record
 
 
+def test_a_file_takes_the_place_of_a_data_set(tmp_path, monkeypatch):
+    asked, train = [], write_jsonl(tmp_path / "a.jsonl", [{"problem": "p", "answer": 1}])
+    monkeypatch.setattr(espl, "read_hub", lambda name: asked.append(name) or [{"problem": "t", "answer": 2}])
+    task = espl.load_task(espl.parse_args(["--task", "aime", "--train-file", train]))
+    assert asked == ["ByteDance-Seed/BeyondAIME:test"] and [x.question for x in task.train + task.test] == ["p", "t"]
+
+
 def test_dapo_is_read_through_its_columns(monkeypatch):
     """1.79 million rows on the hub, each problem a hundred times; here 200,000 of 2,000, in seconds."""
     import datasets
