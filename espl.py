@@ -20,8 +20,7 @@ Algorithm 1 of the paper, its statements numbered from "Initialize S", and where
     12     k <- argmax_i V_i                                                       argmax
     13-15  reflect on the rollouts of s_k; diff ~ pi_ref; git.apply(s_k, diff)     mutate, apply_operations
     16     S.append(s_mutate, mu_k, sigma_k + dsigma)                              add_child
-    17-20  with p_crossover: Algorithm 2                                           crossover
-    21     S.append(s', mu', sigma')                                               add_child
+    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')                crossover, add_child
 
 Axes are suffixes of names. In sections 3 and 4: M system prompts, B problems of a batch, N rollouts; V_i is a mean
 reward over a batch, V[i,b] over one problem. In sections 5 to 7: B rows, T query tokens, S key tokens, N query heads, K
@@ -30,33 +29,14 @@ hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evoluti
 8 tasks, 9 a run, its files and the program.
 
 Where this file departs from the paper, and why:
- 1. Selection: the highest score plus random others, which the paper calls its simplified strategy; --selection has
-    line 4's softmax and more.
+ 1. Selection: the highest score plus random others, the paper's simplified strategy; --selection has line 4's softmax.
  2. A child's sigma is sqrt(sigma^2 + dsigma^2), as in the paper's appendix and Algorithm 2, not line 16's sum.
  3. Neighbours in the ranking within 0.01 tie; ties for the best prompt are broken at random, by the seed.
  4. A validation split of the training problems picks the checkpoint; the test set only reports, and its questions are
     taken out of the training set. The paper's figures are running maxima over the test set.
  5. The KL term's gradient is that of the KL over the next token, given its prefix.
- 6. Only prompts that strictly won a problem are parents of a crossover, and the best one must be among them (as in the
-    released code), so that crossover is rarer than p_crossover.
-And from its released code (LunjunZhang/E-SPL):
- 7. Distinct prompts only: a pool of fewer than M is not padded with copies, the others get the spare rollouts (equal
-    budgets), and the newest prompt is not forced into the batch, as neither text nor Algorithm 1 says so.
- 8. Principles go into the system turn, as the paper says, not after the problem (--prompt-role user for that).
- 9. Only what follows </think> is graded, and there only the last \\boxed{}, for which the root prompt asks. The code
-    grades the whole completion and asks for none.
-10. J has line 8's 1/(NM), and 1/B for the batch; the code sums. Adam hardly sees the difference, --max-grad-norm does.
-11. The policy is the tempered softmax: sampler and trainer divide logits by one temperature. With top_p < 1 the sampler
-    renormalises and the trainer does not; the mean importance ratio is logged.
-12. A child that equals any earlier prompt is not added; the code appends a copy of its parent. The mutation child
-    comes before the crossover child, as in Algorithm 1; the code has them the other way round.
-13. A merged principle stands where the source named first stood; the code puts it last. Set A of a
-    crossover is the best prompt, the others are lettered by age, not by rank, which the reflector need not know.
-14. Each operation is checked on its own and dropped alone: the code lets one bad item spoil the reply, "B.G0" overwrite
-    A's G0, invented ids create principles, and later operations name a principle just added, whose id no one has seen.
-15. A principle that gives away a problem the reflector was shown, or its answer, is dropped (unless --allow-leaks).
-16. A batch without a learning signal is a logged no-op (there a crash); as there, an epoch's last batch may be partial.
-17. --resume restores Adam's state and the population exactly; the code loses the former and rewinds to the best test.
+ 6. Parents of a crossover strictly won a problem, the best prompt too (as in the code): it is rarer than p_crossover.
+docs/released_code.md compares with the code that its authors released.
 """
 
 from __future__ import annotations
@@ -64,16 +44,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import inspect
 import json
 import math
 import os
 import re
-import signal
+import runpy
 import subprocess
 import sys
-import textwrap
 import time
 import traceback
 import zlib
@@ -104,18 +82,18 @@ from tqdm import tqdm
 # 2. Config: the flags. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
 
+RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
 MATHS = {  # the built-in tasks: (train sets, test sets), each a "data set of the hub:split"
     "aime": ([AIME], ["ByteDance-Seed/BeyondAIME:test"]),
     "aime_amc": ([AIME, AMC], ["ByteDance-Seed/BeyondAIME:test"]),
-    "dapo": (["BytedTsinghua-SIA/DAPO-Math-17k:train"], ["yentinglin/aime_2025:train"]),
     "hmmt": ([f"MathArena/hmmt_feb_{y}:train" for y in (2023, 2024, 2025)], ["MathArena/hmmt_nov_2025:train"]),
 }
 MODES = ("espl", "evolution", "reflection", "rl")
 LOSSES = ("importance_sampling", "ppo", "cispo", "reinforce")
 
 
-def flag(default, group: str, text: str, symbol: str = "", low=None, high=None, choices=None):
+def flag(default, group: str, text: str, symbol: str = "", low=None, high=sys.float_info.max, choices=None):
     """A field of Config: default, help group, help text, the paper's symbol, bounds or choices."""
     names = dict(group=group, text=text, symbol=symbol, low=low, high=high, choices=choices)
     return field(default=default, metadata=names)
@@ -124,8 +102,7 @@ def flag(default, group: str, text: str, symbol: str = "", low=None, high=None, 
 @dataclass
 class Config:
     """Everything that decides a run. --help prints this class; a task file may add flags of its own."""
-    task: str = flag("", "Task", f"{', '.join(MATHS)}, or a file tasks/NAME.py or PATH.py; glyphs (no download) if no "
-                     "problems are given")
+    task: str = flag("", "Task", f"{', '.join(MATHS)}, tasks/NAME.py, PATH.py; without problems: glyphs (no download)")
     train_file: str = flag("", "Task", "JSONL of training problems instead (fields: README)")
     test_file: str = flag("", "Task", "JSONL of test problems instead")
     train_size: int = flag(256, "Task", "most training problems, validation included", low=1)
@@ -134,14 +111,12 @@ class Config:
     prompts_file: str = flag("", "Task", "what is said to the model (default: prompts_seed.txt beside espl.py)")
 
     model: str = flag("Qwen/Qwen3-1.7B", "Model", "hub name, or directory in Hugging Face layout")
-    dtype: str = flag("auto", "Model", "activations and frozen weights (auto: bfloat16, on CPU float32)",
-                      choices=("auto", "bfloat16", "float32"))
+    dtype: str = flag("auto", "Model", "auto: float32 on CPU, else bfloat16", choices=("auto", "bfloat16", "float32"))
     lora_rank: int = flag(32, "Model", "rank of the adapter; 0 trains all weights", "R", low=0)
     lora_alpha: float = flag(32.0, "Model", "the adapter's output is scaled by alpha / rank", low=0)
     model_parallel: int = flag(1, "Model", "devices along the mesh's model axis; the rest are its data axis", low=1)
 
-    mode: str = flag("espl", "Algorithm 1", "what is learned: weights and prompts; prompts; one prompt; weights (rl)",
-                     choices=MODES)
+    mode: str = flag("espl", "Algorithm 1", "weights and prompts learn; prompts; one prompt; weights", choices=MODES)
     batch_size: int = flag(10, "Algorithm 1", "problems in a batch", "B", low=1)
     num_rollouts: int = flag(5, "Algorithm 1", "rollouts of each prompt on each problem", "N", low=1)
     num_prompts: int = flag(3, "Algorithm 1", "system prompts in a batch", "M", low=1, high=26)
@@ -151,8 +126,7 @@ class Config:
 
     learning_rate: float = flag(4e-5, "RL update", "Adam's, betas (0.9, 0.95), eps 1e-8", "alpha", low=0)
     loss: str = flag("importance_sampling", "RL update", "surrogate for J", choices=LOSSES)
-    baseline: str = flag("prompt", "RL update", "advantage: r - V[i,b], or r - mean over all prompts",
-                         choices=("prompt", "marginal"))
+    baseline: str = flag("prompt", "RL update", "r - V[i,b], or r - mean over prompts", choices=("prompt", "marginal"))
     clip_low: float = flag(0.2, "RL update", "ppo, cispo: ratio at least 1 - this", low=0, high=1)
     clip_high: float = flag(0.2, "RL update", "ppo, cispo: ratio at most 1 + this", low=0)
     kl_coef: float = flag(0.0, "RL update", "weight of KL(pi_theta || pi_ref)", "beta", low=0)
@@ -194,16 +168,12 @@ class Config:
     eval_every: int = flag(10, "Evaluation", "iterations between evaluations; the first is before training", low=1)
     test_samples: int = flag(10, "Evaluation", "responses to each problem", low=1)
     test_greedy: bool = flag(False, "Evaluation", "also one greedy response to each test problem")
-    test_prompt: str = flag("best", "Evaluation", "prompt tested: highest mu - lambda sigma, or the latest",
-                            choices=("best", "latest"))
+    test_prompt: str = flag("best", "Evaluation", "highest mu - lambda sigma, or latest", choices=("best", "latest"))
 
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
     save_every: int = flag(1, "Run", "iterations between checkpoints", low=1)
     compile_cache: str = flag("~/.cache/espl/jax", "Run", "folder of compiled programs ('': off)")
-
-
-RESUMABLE = ("epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache")
 
 # ======================================================================================================================
 # 3. Algorithm 1: the loop over iterations, and one iteration from rollouts to children
@@ -214,7 +184,7 @@ def train(run: Run) -> None:
     """Algorithm 1's loop, with evaluations (the first before training), logs and checkpoints."""
     c = run.config
     last = last_iteration(run)
-    with checkpoint_manager(run, "checkpoints", keep=2) as manager, interrupts() as interrupted:
+    with checkpoint_manager(run, "checkpoints", keep=2) as manager:
         done = restore_checkpoint(run, manager) if c.resume else -1
         for iteration in range(done + 1, last + 1):
             run.seconds.clear()
@@ -225,8 +195,6 @@ def train(run: Run) -> None:
             print_line(run, m)
             if iteration % c.save_every == 0 or iteration == last:
                 save_checkpoint(run, manager, iteration)
-            if interrupted:  # inside a callback of some library, which swallowed the exception
-                raise KeyboardInterrupt
 
 
 def espl_iteration(run: Run, iteration: int) -> dict:
@@ -251,8 +219,8 @@ def espl_iteration(run: Run, iteration: int) -> dict:
         update_ratings(prompts_M, values_M, iteration, c.rating)                        # lines 10-11
         k = argmax(values_M, rng)                                                       # line 12
         with timed(run, "reflect"):
-            tournament = Tournament(prompts_M, groups_MB, k, make_ask(run, iteration), run.task.parse, c, rng)
-            evolution = breed(run, tournament, iteration)                               # lines 13-21
+            reflect = partial(ask, run, iteration, Counter())                           # lines 13-21
+            evolution = breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng), iteration)
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
 
 
@@ -310,12 +278,10 @@ class Group:
 
 
 def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], split: str, iteration: int) -> list[Group]:
-    """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl.
-
-    split: train, val, test, or test_greedy, which is decoded greedily.
-    """
+    """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl; split is
+    train, val, test, or test_greedy, which is decoded greedily."""
     c, chat = run.config, run.chat
-    prompts = [rollout_ids(run.task, chat, s.principles, x) for s, x, _ in pairs]
+    prompts = [chat.ids(system_text(run.task, s.principles), x.question) for s, x, _ in pairs]
     sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens,
                         run.seed(f"{split}/{iteration}"), f"sampling {split}")
     with timed(run, "sample" if split == "train" else "evaluate"):
@@ -341,9 +307,9 @@ def to_samples(groups_MB: list[list[Group]], c: Config) -> list[Sample]:
     """Rollouts with advantages r - V[i,b] (or r minus the mean over all prompts). Groups in which all are 0 are left
     out, unless the KL term pulls on them."""
     samples = []
-    for b in range(len(groups_MB[0])):
-        marginal = float(np.mean([r for row in groups_MB for r in row[b].rewards]))
-        for group in (row[b] for row in groups_MB):
+    for groups_M in zip(*groups_MB):
+        marginal = float(np.mean([r for group in groups_M for r in group.rewards]))
+        for group in groups_M:
             advantages = [r - (group.value if c.baseline == "prompt" else marginal) for r in group.rewards]
             if c.kl_coef or max(map(abs, advantages)) > 1e-9:
                 samples += [Sample(group.prompt_ids, y.tokens, y.logprobs, a)
@@ -358,10 +324,7 @@ def to_samples(groups_MB: list[list[Group]], c: Config) -> list[Sample]:
 @dataclass
 class SystemPrompt:
     """Member s of the population: a list of principles (G0, G1, …; none at the root), rating and lineage.
-
-    The population is the list of all prompts ever made, a prompt's id being its index; the paper's S is its youngest
-    max_pool_size members (first in, first out).
-    """
+    The population is a list of all prompts ever made, by id; the paper's S is its youngest max_pool_size (FIFO)."""
     id: int
     principles: list[str]
     mu: float = 25.0               # TrueSkill's defaults (section Hyper-parameters)
@@ -372,10 +335,6 @@ class SystemPrompt:
     history: list[dict] = field(default_factory=list)  # a line a tournament: iteration, value, rank, mu, sigma
     scores: list[dict] = field(default_factory=list)   # a line an evaluation: iteration, split, score
 
-    def score(self, weight: float) -> float:
-        """mu + weight * sigma: optimistic (weight lambda, for selection) or cautious (-lambda, for testing)."""
-        return self.mu + weight * self.sigma
-
 
 def argmax(scores, rng) -> int:
     """Index of the largest score; exact ties are broken by the seeded generator."""
@@ -385,28 +344,25 @@ def argmax(scores, rng) -> int:
 def select(population: list[SystemPrompt], c: Config, rng) -> list[SystemPrompt]:
     """M distinct prompts of the K most recent ones, all while there are fewer   (Alg. 1, line 4; section Selection)."""
     window = population[-min(c.window, c.max_pool_size):]
-    scores = np.array([s.score(c.ucb_lambda) for s in window])
-    order = rng.permutation(len(window))  # ties, and the random rest, in random order
+    scores = np.array([s.mu + c.ucb_lambda * s.sigma for s in window])
+    order, first = rng.permutation(len(window)), None  # ties, and what is drawn at random, in random order
     match c.selection:
         case "top_random":  # "always add the highest score, but randomly sample from the rest of the sliding window"
-            best = argmax(scores, rng)
-            order = sorted(order, key=lambda i: i != best)
+            first, scores = argmax(scores, rng), 0 * scores
         case "softmax":     # p_i ~ exp(score_i / T) without replacement: the largest of score / T + Gumbel noise
-            noisy = scores / c.selection_temperature + rng.gumbel(size=len(window))
-            order = sorted(order, key=lambda i: -noisy[i])
+            scores = scores / c.selection_temperature + rng.gumbel(size=len(window))
         case "uniform":
-            pass
-        case "ucb":
-            order = sorted(order, key=lambda i: -scores[i])
-        case "lucb":        # the best lower bound, then the best upper bounds
-            champion = max(order, key=lambda i: window[i].score(-c.ucb_lambda))
-            order = sorted(order, key=lambda i: (i != champion, -scores[i]))
+            scores = 0 * scores
+        case "lucb":        # the best lower bound, then the best upper bounds; ucb: these alone
+            first = max(order, key=lambda i: window[i].mu - c.ucb_lambda * window[i].sigma)
+    order = sorted(order, key=lambda i: (i != first, -scores[i]))
     return sorted((window[i] for i in order[: c.num_prompts]), key=lambda s: s.id)
 
 
 def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: int, rating="trueskill") -> None:
     """One TrueSkill free-for-all of the prompts, ranked by V_i; neighbours within 0.01 tie   (Alg. 1, lines 10-11)."""
-    order = sorted(range(len(prompts)), key=lambda i: (-values[i], prompts[i].id))
+    prompts, values = zip(*sorted(zip(prompts, values), key=lambda pair: pair[0].id))  # whatever order they came in
+    order = sorted(range(len(prompts)), key=lambda i: -values[i])
     ranks = [0] * len(prompts)
     for better, worse in zip(order, order[1:]):
         ranks[worse] = ranks[better] + (values[better] - values[worse] > 0.01 + 1e-9)
@@ -415,21 +371,16 @@ def update_ratings(prompts: list[SystemPrompt], values: list[float], iteration: 
             s.mu, s.sigma = v, 1.0
     elif len(prompts) > 1:
         env = trueskill.TrueSkill(mu=25.0, sigma=25.0 / 3, beta=25.0 / 6, tau=25.0 / 300, draw_probability=0.10)
-        order.sort(key=lambda i: (ranks[i], prompts[i].id))  # tied prompts by age, whatever order they came in
-        teams = [(env.create_rating(prompts[i].mu, prompts[i].sigma),) for i in order]
-        for i, (r,) in zip(order, env.rate(teams, [ranks[i] for i in order])):
-            prompts[i].mu, prompts[i].sigma = r.mu, r.sigma
+        for s, (r,) in zip(prompts, env.rate([(env.create_rating(s.mu, s.sigma),) for s in prompts], ranks)):
+            s.mu, s.sigma = r.mu, r.sigma
     for s, v, rank in zip(prompts, values, ranks):
         s.history.append({"iteration": iteration, "value": v, "rank": rank, "mu": s.mu, "sigma": s.sigma})
 
 
 def add_child(population: list[SystemPrompt], principles: list[str], parents: list[SystemPrompt], operation: str,
               iteration: int, c: Config) -> SystemPrompt:
-    """Append a child with its inherited rating (Alg. 1, lines 16 and 21; Alg. 2). Raises NoChild if it is not new.
-
-    Its sigma is that of the parents' precision-weighted mean (for one parent, its own), widened by dsigma: it inherits
-    what is known of them, but not that it has been tried.
-    """
+    """Append a child (Alg. 1, lines 16 and 21; Alg. 2). Raises NoChild if it is not new. It inherits what is known of
+    its parents, their precision-weighted mean, but not that it has been tried: its sigma is widened by dsigma."""
     if same := [s for s in population if s.principles == principles]:
         raise NoChild(f"nothing changed (equal to prompt {same[0].id}); a higher --reflect-temperature varies more")
     precision = [s.sigma**-2 for s in parents]
@@ -448,10 +399,8 @@ class NoChild(Exception):
 
 @dataclass
 class Tournament:
-    """What an operator works with: an iteration's prompts and their rollouts, and the reflection model.
-
-    ask(request, [slots, …]) samples a reply to each request, a section of prompts_seed.txt filled in with the slots.
-    """
+    """What an operator works with: an iteration's prompts and their rollouts, and the reflection model. ask(request,
+    [slots, …]) samples a reply to each request, a section of prompts_seed.txt filled in with the slots."""
     prompts: list[SystemPrompt]
     groups_MB: list[list[Group]]
     best: int                                          # k: the index of the best prompt
@@ -473,10 +422,8 @@ class Tournament:
 
 
 def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
-    """Contrasts the successes and failures of the best prompt and edits its principles.
-
-    (Alg. 1, lines 13-15; appendix LLM-Based Self-Reflection: summarise, critique, aggregate, apply.)
-    """
+    """Contrasts the successes and failures of the best prompt and edits its principles: summarise, critique, aggregate,
+    apply (Alg. 1, lines 13-15; appendix LLM-Based Self-Reflection)."""
     c, parent = r.config, r.prompts[r.best]
     wanted = {"contrast": lambda g: g.contrast, "failures": lambda g: g.value < 1, "all": lambda g: True}
     groups = [g for g in r.groups_MB[r.best] if wanted[c.reflect_on](g)][: c.reflect_problems or None]
@@ -493,7 +440,7 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         for g in groups])
     proposals = []
     for ops in critiques:
-        good = valid(ops or [], ("add", "modify"), current, problems, c, r.dropped)
+        good = [op for op in ops or [] if valid(op, ("add", "modify"), current, problems, c, r.dropped)]
         r.dropped.update({"beyond K_ops": max(0, len(good) - c.max_operations)})
         proposals += good[: c.max_operations]
     if not proposals:
@@ -510,13 +457,17 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
 def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
     """Edits the best prompt's principles by those of others that won a problem; parents: the best first   (Alg. 2)."""
     prompts, problems = r.prompts, [g.problem for g in r.groups_MB[0]]
-    wins = crossover_parents(np.array([[g.value for g in row] for row in r.groups_MB]), r.best)
-    if not wins:
+    # Phi: the problems that each prompt strictly won, by its margin over the best other one; the best prompt is first
+    values_MB = np.array([[g.value for g in row] for row in r.groups_MB])
+    margin = lambda i: values_MB[i] - np.delete(values_MB, i, 0).max(0, initial=-math.inf)
+    wins = {i: np.flatnonzero(margin(i) >= 0.01 - 1e-9).tolist() for i in [r.best, *range(len(prompts))]}
+    wins = {i: won for i, won in wins.items() if won}
+    if r.best not in wins or len(wins) < 2:
         raise NoChild("fewer than two prompts, or not the best one, won a problem strictly")
     letters = dict(zip(wins, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
-    [ops] = r.operations("crossover", [crossover_slots(
-        {x: prompts[i].principles for i, x in letters.items()},
-        [(letters[i], b, problems[b]) for i in wins for b in wins[i]])])
+    sets = {x: prompts[i].principles for i, x in letters.items()}
+    [ops] = r.operations("crossover", [
+        crossover_slots(sets, [(letters[i], b, problems[b]) for i in wins for b in wins[i]])])
     if ops is None:
         raise NoChild("the reply did not parse")
     principles = apply_operations(numbered(prompts[r.best].principles, "A."), ops, ("add", "modify", "remove"),
@@ -528,17 +479,6 @@ OPERATORS = {  # name: (operator, its chance in an iteration); add one here, not
     "mutation": (mutate, lambda c: 1.0),
     "crossover": (crossover, lambda c: c.p_crossover if c.num_prompts > 1 and c.mode != "reflection" else 0.0),
 }
-
-
-def crossover_parents(values_MB: np.ndarray, best: int) -> dict[int, list[int]]:
-    """{prompt: problems it strictly won}, the best first; {} unless the best and another won one   (Alg. 2, Phi)."""
-    if len(values_MB) < 2:
-        return {}
-    second, first = np.sort(values_MB, axis=0)[-2:]
-    winner_B = np.where(first - second >= 0.01 - 1e-9, values_MB.argmax(0), -1)
-    wins = {i: np.flatnonzero(winner_B == i).tolist() for i in [best, *range(len(values_MB))]}
-    wins = {i: won for i, won in wins.items() if won}
-    return wins if best in wins and len(wins) > 1 else {}
 
 
 # ---- What the reflection model is shown
@@ -561,10 +501,8 @@ def critique_slots(problem: Problem, principles: dict, summaries: list[tuple[str
 
 
 def aggregate_slots(principles: dict, proposals: list[dict]) -> tuple[dict, dict]:
-    """The principles with the proposed new ones as candidates C0, C1, …, and the slots of the aggregation request.
-
-    Candidates are in unless the plan merges them away; a proposed modification only if the plan repeats it.
-    """
+    """The principles with the proposed new ones as candidates C0, C1, …, and the slots of the aggregation request. The
+    candidates are in unless the plan merges them away; a proposed modification only if the plan repeats it."""
     added = [" ".join(op["principle"].split()) for op in proposals if op["operation"] == "add"]
     candidates = principles | {f"C{i}": text for i, text in enumerate(added)}
     changes = [f"[{op['modified_from']}] -> {op['principle']}" for op in proposals if op["operation"] == "modify"]
@@ -578,8 +516,10 @@ def crossover_slots(sets: dict[str, list[str]], wins: list[tuple[str, int, Probl
     return dict(sets="\n\n".join(lists), wins="\n\n".join(won))
 
 
-# ---- Operations: what a reflection may do to a list of principles
+# ---- Operations: a reflection's edits. Each replaces the principles that it names by a new one, or by nothing.
 
+SOURCES = {"add": lambda op: [], "modify": lambda op: [op.get("modified_from")],
+           "remove": lambda op: [op.get("remove_id")], "merge": lambda op: op.get("merged_from")}
 CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # could leave its turn when tokenised
 STRING = r'"(?:[^"\\]|\\.)*+"'  # of JSON; possessive, so that hostile replies take linear time
 OBJECT = re.compile(r'\{(?:[^{}"]|' + STRING + r")*+\}", re.S)  # one without another object in it
@@ -588,11 +528,9 @@ ESCAPE = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq
 
 
 def parse_operations(reply: str) -> list[dict] | None:
-    """The JSON list of operations at the end of a reply; None when there is none ([] is an answer).
-
-    It is looked for in the last fenced block that has one, else in the last list, else anywhere; complete operations of
-    a list that breaks off count. Text inside <think>…</think> is never read.
-    """
+    """The JSON list of operations at the end of a reply; None when there is none ([] is an answer). It is looked for in
+    the last fenced block that has one, else in the last list, else anywhere; complete operations of a list that breaks
+    off count. Text inside <think>…</think> is never read."""
     text = final_text(reply)
     fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
     for block in [*fenced[::-1], re.split(r"\[(?=\s*\{)", text)[-1], text]:
@@ -608,80 +546,52 @@ def read_object(text: str) -> dict:
     parts[1::2] = [ESCAPE.sub(r"\g<0>\1", part) for part in parts[1::2]]  # backslashes of LaTeX
     parts[::2] = [re.sub(r"(//|#).*", "", part) for part in parts[::2]]  # comments
     parts[::2] = [re.sub(r",(?=\s*[\]}])", "", part) for part in parts[::2]]  # trailing commas
+    parts[1::2] = [re.sub(r'^"[\[ ]*((?:[A-Z]\.)?[CG]\d+)[\] ]*"$', r'"\1"', part) for part in parts[1::2]]  # "[G1]"
     try:
-        fields = json.loads("".join(parts), strict=False)  # with raw newlines in strings
+        return json.loads("".join(parts), strict=False)  # with raw newlines in strings
     except (ValueError, RecursionError):
         return {}
-    bare = lambda i: i.strip("[] ") if isinstance(i, str) else i  # ids may be written as `listing` shows them
-    ids = {k: v for k, v in fields.items() if k in ("modified_from", "remove_id", "merged_from")}
-    return fields | {k: list(map(bare, v)) if isinstance(v, list) else bare(v) for k, v in ids.items()}
 
 
 def leaks(principle: str, problems: list[Problem]) -> bool:
     """True if a principle gives away one of these problems: twelve words of it in a row, or an answer that is a number
     of three digits or more or another text of six characters or more."""
     words = lambda text: re.findall(r"\w+", text.lower())
-    said = f" {' '.join(words(principle))} "
-    for problem in problems:
-        text = words(problem.question)  # of a shorter one all of it, unless that is five words or fewer
-        if any(f" {' '.join(text[i: i + 12])} " in said for i in range(max(len(text) - 11, len(text) > 5))):
-            return True
-        for answer in ("".join(a.split()) for a in problem.answers):
-            if re.fullmatch(r"-?\d[\d,.]*", answer):
-                number = rf"(?<![\d.]){re.escape(answer)}(?!\d|\.\d)"
-                if sum(map(str.isdigit, answer)) >= 3 and re.search(number, principle):
-                    return True
-            elif len(answer) >= 6 and answer in "".join(principle.split()):
-                return True
-    return False
+    said, bare = f" {' '.join(words(principle))} ", "".join(principle.split())
+    quoted = lambda question: any(  # of one with fewer than twelve words all of it, unless that is five or fewer
+        f" {' '.join(question[i: i + 12])} " in said for i in range(max(len(question) - 11, len(question) > 5)))
+    number = lambda a: sum(map(str.isdigit, a)) >= 3 and re.search(rf"(?<![\d.]){re.escape(a)}(?!\d|\.\d)", principle)
+    told = lambda a: number(a) if re.fullmatch(r"-?\d[\d,.]*", a) else len(a) >= 6 and a in bare
+    return any(quoted(words(x.question)) or any(told("".join(a.split())) for a in x.answers) for x in problems)
 
 
-def fault(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Config) -> str:
-    """Why this operation must be dropped; "" if it may be applied to principles with these ids."""
-    if not isinstance(op, dict) or op.get("operation") not in kinds:
-        return "unknown operation"
-    named = {"add": [], "modify": [op.get("modified_from")], "merge": op.get("merged_from"),
-             "remove": [op.get("remove_id")]}[op["operation"]]
-    if not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named):
-        return "unknown id"
-    if op["operation"] == "merge" and len(set(named)) < 2:
-        return "merge of fewer than two"
-    if op["operation"] == "remove":
-        return ""
-    text = op.get("principle")
-    if not isinstance(text, str) or not text.strip() or not " ".join(text.split()).isprintable():
-        return "no text"  # or one that no tokenizer takes: half a surrogate pair
-    if CONTROL.search(text):
-        return "control token"
-    if len(text.split()) > c.max_principle_words or len(text) > 12 * c.max_principle_words:
-        return "too long"
-    return "leaks a problem" if not c.allow_leaks and leaks(text, problems) else ""
-
-
-def valid(ops: list, kinds, ids, problems, c: Config, dropped: Counter) -> list[dict]:
-    """The valid ones among ops; each of the others is dropped alone and counted by its fault."""
-    faults = [fault(op, kinds, ids, problems, c) for op in ops]
-    dropped.update(filter(None, faults))
-    return [op for op, why in zip(ops, faults) if not why]
+def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Config, dropped: Counter) -> bool:
+    """Whether an operation may be applied to principles with these ids; if not, it is dropped alone, and counted."""
+    fields = op if isinstance(op, dict) else {}
+    kind = fields.get("operation")
+    named = SOURCES[kind](fields) if kind in kinds else []
+    text = "-" if kind == "remove" else fields.get("principle")  # what is removed needs no text
+    faults = {  # the first one counts; no tokenizer takes half a surrogate pair, so that it is no text
+        "unknown operation": lambda: kind not in kinds,
+        "unknown id": lambda: not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named),
+        "merge of fewer than two": lambda: kind == "merge" and len(set(named)) < 2,
+        "no text": lambda: not isinstance(text, str) or not text.strip() or not " ".join(text.split()).isprintable(),
+        "control token": lambda: CONTROL.search(text),
+        "too long": lambda: len(text.split()) > c.max_principle_words or len(text) > 12 * c.max_principle_words,
+        "leaks a problem": lambda: not c.allow_leaks and leaks(text, problems)}
+    why = next((name for name, found in faults.items() if found()), None)
+    dropped.update([why] if why else [])
+    return not why
 
 
 def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problems, c: Config, dropped: Counter):
     """git.apply(s, diff): the principles after the valid operations, in order, as a list (renumbered G0, G1, …)."""
     result = dict(principles)
     for n, op in enumerate(ops):
-        if not valid([op], kinds, result, problems, c, dropped):  # ids as earlier operations left them
-            continue
-        text = " ".join(str(op.get("principle")).split())
-        match op["operation"]:
-            case "add":
-                result[n] = text  # not a string: no later operation can name it
-            case "modify":
-                result[op["modified_from"]] = text
-            case "remove":
-                del result[op["remove_id"]]
-            case "merge":  # the merged principle takes the place of the source named first
-                first, *rest = dict.fromkeys(op["merged_from"])
-                result = {i: text if i == first else t for i, t in result.items() if i not in rest}
+        if valid(op, kinds, result, problems, c, dropped):  # ids as earlier operations left them
+            text = "" if op["operation"] == "remove" else " ".join(op["principle"].split())
+            first, *rest = dict.fromkeys(SOURCES[op["operation"]](op) or [n])  # n: an id that no operation can name
+            result = {i: t for i, t in (result | {first: text}).items() if t and i not in rest}
     unique = list({text.casefold(): text for text in result.values()}.values())
     kept = unique[: c.max_principles]
     dropped.update({"duplicate": len(result) - len(unique), "too many principles": len(unique) - len(kept)})
@@ -886,7 +796,8 @@ def pack(samples: list[Sample], shape: tuple[int, int], prompt_shape: tuple[int,
     rows = [(s.prompt[-1:] + s.tokens[:-1], len(s.prompt) - 1) for s in samples]
     batch = dict(zip(("prompt", "prompt_position"), padded([(p[:-1], 0) for p in prompts], *prompt_shape)))
     batch |= dict(zip(("token", "position"), padded(rows, *shape)))
-    batch |= {"target": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool), "owner": np.zeros((1, shape[0]), np.int32),
+    batch |= {"target": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool),
+              "owner": np.zeros((1, shape[0]), np.int32),
               "behaviour": np.zeros(shape, np.float32), "advantage": np.zeros(shape[0], np.float32)}
     for i, s in enumerate(samples):
         n = len(s.tokens)
@@ -1521,7 +1432,7 @@ class Transformer(nnx.Module):
 
         def layer(x_BTD, xs):
             weights, rope, window, old = xs
-            before = old and tuple(take_rows(x, owner_DR) for x in (*old, prefix_position))  # [prompts, …] -> [rows, …]
+            before = old and tuple(take_rows(x, owner_DR) for x in (*old, prefix_position))  # of prompts -> of rows
             x_BTD, new = nnx.merge(graphdef, weights)(x_BTD, cos[rope], sin[rope], position_BT, window, before)
             return spread(x_BTD), new
 
@@ -1799,16 +1710,16 @@ def check_tensors(tensors: dict[str, Any], named: list[tuple[str, Any]], cfg: Mo
 
 
 # ======================================================================================================================
-# 8. Tasks: problems, the words sent to the model, tools, and the reward. A task is a file in tasks/ (README shows one);
-#    the mathematical ones, which need none, are here.
+# 8. Tasks: problems, words for the model, tools and reward. A task is a file in tasks/; the mathematical ones are here.
 # ======================================================================================================================
 
 SLOTS = {  # sections of prompts_seed.txt and the slots each must contain
     "system": ("principles",), "principles": (), "summarize": ("problem", "response", "grade", "answer"),
-    "critique": ("problem", "principles", "attempts", "answer"),
-    "aggregate": ("principles", "suggestions"), "crossover": ("sets", "wins"),
-}
+    "critique": ("problem", "principles", "attempts", "answer"), "aggregate": ("principles", "suggestions"),
+    "crossover": ("sets", "wins")}
 DEFAULT_PROMPTS = str(Path(__file__).parent / "prompts_seed.txt")
+TAGS, LONGEST_CALL = re.compile(r"</?tool_(?:call|response)>"), 4_000  # of a tool's call, in characters
+GRADE_SECONDS, GRADE_BYTES, LONGEST_ANSWER = 5, 400 * 2**20, 1_000  # of time, memory and characters, for each answer
 
 
 @dataclass(frozen=True)
@@ -1842,49 +1753,40 @@ class Task:
         return [line.strip() for line in self.texts["principles"].splitlines() if line.strip()]
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """What a Python file defines."""
-    spec = importlib.util.spec_from_file_location(f"espl_{path.parent.name}_{path.stem}", path)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return vars(module)
-
-
 def task_file(name: str) -> dict[str, Any]:
-    """What the file of a task defines, {} for built-in tasks. Raises UserError if it is not there or does not load."""
-    if not name or name in MATHS:
+    """What the file of a task defines. Raises UserError if it is not there or does not load."""
+    if not name:
         return {}
+    if name in MATHS:
+        read = lambda file, names: [] if file else [x for data_set in names for x in read_hub(data_set)]
+        return {"problems": lambda c: list(map(read, (c.train_file, c.test_file), MATHS[name]))}
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / "tasks" / f"{name}.py"
     if not path.is_file():
-        raise UserError(f"--task {name}: there is no {path}; get the folder tasks/ of this project, give the path of a "
-                        f"task file, or choose one of {', '.join(MATHS)}")
+        raise UserError(f"--task {name}: there is no {path}; get the folder tasks/, or choose of {', '.join(MATHS)}")
     with explained(f"task file {path} does not load"):
-        return load_file(path)
+        return runpy.run_path(str(path))
 
 
 def load_task(c: Config) -> Task:
     """Problems, split into train and validation by the seed, and the texts, reward and language of config's task."""
-    own, hub = task_file(c.task), MATHS.get(c.task, ([], []))
+    own = task_file(c.task)
     with explained(f"task {c.task}: its texts, tools or problems fail"):
         texts = read_prompts(c.prompts_file or DEFAULT_PROMPTS, Path(c.task).stem, own.get("PROMPTS", ""))
         tools = own["tools"](c) if "tools" in own else {}
         made = own["problems"](c) if "problems" in own and not (c.train_file and c.test_file) else ([], [])
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
-    parts = []
-    for file, names, records, flag_name in zip((c.train_file, c.test_file), hub, made, ("--train-file", "--test-file")):
+    rng, parts, seen = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), [], set()
+    for file, records, flag_name in (c.test_file, made[1], "--test-file"), (c.train_file, made[0], "--train-file"):
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
-        found += [] if file else [x for name in names for x in read_hub(name)]
-        if not found:
-            raise UserError(f"there is no problem in {file or names or c.task}; choose another {flag_name}")
-        parts.append(list({x.question: x for x in reversed(found)}.values())[::-1])  # of duplicates the first
-    rng, (train, test) = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), parts
-    seen = {x.question for x in test}
-    train = [x for x in train if x.question not in seen]  # never train on a test problem
-    if not train:
-        raise UserError("every training problem is also a test problem; use another --train-file")
-    if 0 < c.test_size < len(test):
-        test = [test[i] for i in sorted(rng(b"test").choice(len(test), c.test_size, replace=False))]
+        new = {x.question: x for x in reversed(found) if x.question not in seen}  # of duplicates the first
+        if not new:
+            where = (file or c.task or "a missing file") + " that is not also a test problem" * bool(found)
+            raise UserError(f"there is no problem in {where}; choose another {flag_name}")
+        parts.append(list(new.values())[::-1])
+        seen |= new.keys()  # never train on a test problem
+    test, train = parts
+    test = [test[i] for i in sorted(rng(b"test").permutation(len(test))[: c.test_size or None])]
     train = [train[i] for i in rng(b"split").permutation(len(train))[: c.train_size]]
     held = min(c.val_size, len(train) // 5)
     return Task(Path(c.task or c.train_file).stem, train[held:], train[:held], test, texts, own.get("reward"),
@@ -1893,20 +1795,14 @@ def load_task(c: Config) -> Task:
 
 def to_problem(record: Any, where: str) -> Problem:
     """A Problem from one record of a data set or JSONL file."""
-    match record:
-        case {"prompt": [{"content": str(text)}, *_], "reward_model": {"ground_truth": str(answer)}}:  # DAPO-Math-17k
-            fields = {"problem": "\n\n".join(text.split("\n\n")[1:-1]), "answer": answer}  # first, last part go
-        case dict():
-            fields = record
-        case _:
-            raise UserError(f"{where}: not a JSON object; write {{\"problem\": …, \"answer\": …}} on each line")
+    fields = record if isinstance(record, dict) else {}
     question = fields.get("problem") or fields.get("question")
     answers = next((fields[k] for k in ("answer", "groundtruth", "golden_answers") if fields.get(k) is not None), None)
     answers = answers if isinstance(answers, list) else [answers]
     answers = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # 142.0 in the AMC set
     answers = tuple(str(a).strip() for a in answers if isinstance(a, (str, int, float)) and str(a).strip())
     if not isinstance(question, str) or not question.strip() or not answers:
-        raise UserError(f"{where}: needs a text problem|question and an answer|groundtruth|golden_answers")
+        raise UserError(f"{where}: needs an object with a text problem|question and answer|groundtruth|golden_answers")
     return Problem(where, question.strip(), answers, record)
 
 
@@ -1922,20 +1818,12 @@ def read_jsonl(path: str) -> list[Problem]:
     return problems
 
 
-def read_hub(name: str) -> list[Problem]:
-    """Problems of a Hugging Face data set 'owner/name:split'."""
-    path, split = name.split(":")
-    with explained(f"cannot load the data set {name}", "download it where there is a network, or use --train-file and "
-                   "--test-file"):
-        import pyarrow.compute
+def read_hub(name: str) -> list[dict]:
+    """Records of a Hugging Face data set 'owner/name:split'."""
+    with explained(f"cannot load the data set {name}", "download it elsewhere, or use --train-file and --test-file"):
         from datasets import load_dataset
-        rows = load_dataset(path, split=split)
-        if "reward_model" in rows.column_names:  # DAPO-Math-17k: each of its problems is there a hundred times
-            first = pyarrow.compute.list_element(rows.data.column("prompt"), 0)
-            table = {"text": pyarrow.compute.struct_field(first, "content"), "row": np.arange(len(rows))}
-            firsts = pyarrow.table(table).group_by("text").aggregate([("row", "min")])["row_min"]
-            rows = rows.select(sorted(firsts.to_pylist()))
-        return [to_problem(dict(row), f"{name}:{i}") for i, row in enumerate(rows)]
+        path, split = name.split(":")
+        return list(map(dict, load_dataset(path, split=split)))
 
 
 # ---- Words: prompts_seed.txt and the chat template
@@ -1946,15 +1834,14 @@ def read_prompts(path: str, task: str = "", own: str = "") -> dict[str, str]:
         text = Path(path).read_text(encoding="utf-8")
     general, special = ({name: body.strip() for name, body in re.findall(
         r"^\[([\w.-]+)\][ \t]*$(.*?)(?=^\[[\w.-]+\][ \t]*$|\Z)", source, re.M | re.S)} for source in (text, own))
-    found = {}
+    with_prefix = lambda prefix: {n.removeprefix(prefix): x for n, x in general.items() if n.startswith(prefix)}
+    found = general | with_prefix("math.") | special | with_prefix(f"{task}.")
     for name, slots in SLOTS.items():
-        sources = general.get(f"{task}.{name}"), special.get(name), general.get(f"math.{name}"), general.get(name)
-        found[name] = next((body for body in sources if body is not None), None)
-        if found[name] is None:
+        if name not in found:
             raise UserError(f"{path} has no section [math.{name}] or [{name}]; copy it from prompts_seed.txt")
         if missing := [s for s in slots if "{" + s + "}" not in found[name]]:
             raise UserError(f"section [{name}] of {path} lacks the slot {{{missing[0]}}}; put it where it belongs")
-    return found
+    return {name: found[name] for name in SLOTS}
 
 
 def fill(template: str, slots: dict[str, str]) -> str:
@@ -1963,70 +1850,61 @@ def fill(template: str, slots: dict[str, str]) -> str:
 
 
 def system_text(task: Task, principles: list[str]) -> str:
-    """The system prompt s as the model reads it: paragraphs of principles and of tools are left out without them.
-
-    The description of the tools stands outside the principles: evolution cannot edit it.
-    """
-    tools = "\n".join(json.dumps(schema["function"]) for schema in tool_schemas(task.tools))
-    slots = {"principles": listing(numbered(principles)) if principles else "", "tools": tools}
+    """The system prompt s as the model reads it. A paragraph of principles or tools is left out where there are none.
+    The tools' description stands outside the principles: evolution cannot edit it."""
+    from transformers.utils import get_json_schema
+    tools = []
+    for name, tool in task.tools.items():
+        with explained(f"tool {name}", "give it type hints and a docstring with Args:"):
+            tools.append(json.dumps(get_json_schema(tool)["function"] | {"name": name}))
+    slots = {"principles": listing(numbered(principles)) if principles else "", "tools": "\n".join(tools)}
     paragraphs = task.texts["system"].split("\n\n")
     kept = [p for p in paragraphs if all(text for name, text in slots.items() if f"{{{name}}}" in p)]
     return fill("\n\n".join(kept), slots)
 
 
-def rollout_ids(task: Task, chat: Chat, principles: list[str], problem: Problem) -> list[int]:
-    """Token ids of (s, x)."""
-    return chat.ids(system_text(task, principles), problem.question)
-
-
 @dataclass
 class Chat:
-    """Turns texts into token ids through the tokenizer's chat template, the same way everywhere.
-
-    Without a template the plain rendering is system text, blank line, user text, blank line. A template that refuses or
-    loses the system turn (Gemma 2) gets the system text at the top of the user turn.
-    """
+    """Turns texts into token ids through the tokenizer's chat template, the same way everywhere. Without a template the
+    plain rendering is system text, blank line, user text, blank line. A template that refuses or loses the system turn
+    (Gemma 2) gets the system text at the top of the user turn."""
     tokenizer: Any
     role: str = "system"
     thinking: bool = True
 
-    def render(self, messages: list[dict], must_say: str = "") -> str:
-        """A conversation that ends where the model's next turn begins. Raises ValueError if the template loses text."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                  enable_thinking=self.thinking, date_string="26 Jul 2024")
-        if must_say.strip() not in text:
-            raise ValueError("it drops the text")
-        return text
+    def render(self, conversations: list[list[dict]], must_say: str) -> str:
+        """The first of these conversations that the template takes, and says in full; "" if there is none."""
+        for messages in conversations if self.tokenizer.chat_template else ():
+            with contextlib.suppress(Exception):  # jinja2's TemplateError: "System role not supported"
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                          enable_thinking=self.thinking, date_string="26 Jul 2024")
+                if must_say.strip() in text:
+                    return text
+        return ""
 
     def ids(self, system: str, user: str) -> list[int]:
         """Token ids of the prompt that ends where the model's turn begins."""
         if not self.tokenizer.chat_template:
             return self.tokenizer("".join(t + "\n\n" for t in (system, user) if t)).input_ids
-        texts = [t for t in ((system, user) if self.role == "system" else (user, system)) if t]
-        messages = [{"role": "user", "content": "\n\n".join(texts)}]
-        if system and self.role == "system":
-            apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-            with contextlib.suppress(Exception):  # jinja2's TemplateError: "System role not supported"
-                messages = apart if self.render(apart, system) else messages
-        with explained("the tokenizer's chat template fails", "mend chat_template"):
-            text = self.render(messages, system or user)
+        apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        texts = filter(None, (system, user) if self.role == "system" else (user, system))
+        together = [{"role": "user", "content": "\n\n".join(texts)}]
+        text = self.render([apart, together] if system and self.role == "system" else [together], system or user)
+        if not text:
+            raise UserError("the tokenizer's chat template fails, or loses what it should say; mend chat_template")
         return self.tokenizer(text, add_special_tokens=False).input_ids  # the template wrote BOS itself
 
     def tool_turn(self, reply: str) -> list[int]:
-        """Token ids of a tool's reply: they end the model's turn and begin its next one.
-
-        In the template's own tool role, or as a user's turn in tags where it has none; without a template only in tags.
-        """
+        """Token ids of a tool's reply, which end the model's turn and begin its next: in the tool role of the template,
+        or as a user's turn in tags where it has none; without a template only in tags."""
         special = "|".join(map(re.escape, self.tokenizer.all_special_tokens)) or "$^"
         reply = reply.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         reply = re.sub(special, " ", CONTROL.sub(" ", TAGS.sub(" ", reply)))  # no text of a tool may end its turn
         tagged, mark = f"<tool_response>\n{reply}\n</tool_response>", "what the model said"
-        for turn in {"role": "tool", "content": reply}, {"role": "user", "content": tagged}:
-            with contextlib.suppress(Exception):  # jinja2's TemplateError, or there is no template at all
-                before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
-                after = self.render([*before, turn], must_say=reply).partition(mark)[2]
-                return self.tokenizer(after, add_special_tokens=False).input_ids
-        return self.tokenizer(f"\n{tagged}\n", add_special_tokens=False).input_ids
+        before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
+        turns = {"role": "tool", "content": reply}, {"role": "user", "content": tagged}
+        text = self.render([[*before, turn] for turn in turns], reply) or f"{mark}\n{tagged}\n"
+        return self.tokenizer(text.partition(mark)[2], add_special_tokens=False).input_ids
 
     def text(self, tokens: list[int], prompt: list[int] = (), special: bool = False) -> str:
         """A response as text, with or without special tokens; with the <think> that some templates open for it."""
@@ -2041,21 +1919,6 @@ def final_text(text: str) -> str:
 
 
 # ---- Tools: functions of keyword arguments that return a text. Signature and docstring are what the model is told.
-
-TAGS = re.compile(r"</?tool_(?:call|response)>")
-LONGEST_CALL = 4_000  # characters
-
-
-def tool_schemas(tools: dict[str, Callable[..., str]]) -> list[dict]:
-    """JSON schemas of tools. Raises UserError for a function without type hints or without a docstring."""
-    from transformers.utils import get_json_schema
-    schemas = []
-    for name, tool in tools.items():
-        with explained(f"tool {name}", "give it type hints and a docstring with Args:"):
-            schema = get_json_schema(tool)
-        schemas.append(schema | {"function": schema["function"] | {"name": name}})
-    return schemas
-
 
 def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list[int] | None:
     """The `environment` of `generate`: if the model's turn holds a call of a tool, cuts the response after it and
@@ -2076,10 +1939,8 @@ def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list
 
 
 def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
-    """What a tool replies to the call with which `text`, a turn of the model, ends; of a malformed call, why it is.
-
-    A call is <tool_call>{"name": …, "arguments": {…}}</tool_call>. Never raises.
-    """
+    """What a tool replies to the call <tool_call>{"name": …, "arguments": {…}}</tool_call> with which `text`, a turn of
+    the model, ends; of a malformed call, why it is. Never raises."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)  # a thought may mention the tags
     before, tag, call = text.partition("</tool_call>")[0].partition("<tool_call>")
     if not tag:
@@ -2140,56 +2001,43 @@ def plain_integer(text: str) -> int | None:
     return int(re.sub(separator, "", match[1])) if match and len(text) <= LONGEST_ANSWER else None
 
 
-GRADE_SECONDS, GRADE_BYTES, LONGEST_ANSWER = 5, 400 * 2**20, 1_000  # of time, memory and characters, for each answer
-
-
 def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
-    """(reward, outcome) of each response: 1.0 for correct; 0.0 for wrong, no_answer, timeout and error.
-
-    Strict: only the last \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify.
-    """
-    outcomes, asked = [], []
+    """(reward, outcome) of each response: 1.0 for correct; 0.0 for wrong, no_answer, timeout and error. Only the last
+    \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify."""
+    outcomes, asked = [], {}
     for problem, text in pairs:
         answer = (last_boxed(text) or "").strip()
-        number = plain_integer(answer)
-        golds = [g for g in problem.answers if number is None or plain_integer(g) is None]  # else settled by integers
+        number, numbers = plain_integer(answer), [plain_integer(gold) for gold in problem.answers]
         if not answer:
             outcomes.append("no_answer")
-        elif any(answer == g or number is not None and number == plain_integer(g) for g in problem.answers):
+        elif answer in problem.answers or number is not None and number in numbers:
             outcomes.append("correct")
-        elif not golds or len(answer) > LONGEST_ANSWER:  # a longer box holds a derivation or an attack
+        elif len(answer) > LONGEST_ANSWER or number is not None and None not in numbers:  # or a derivation, an attack
             outcomes.append("wrong")
         else:
-            outcomes.append(None)
-            asked.append((golds, answer))
-    verdicts = iter(ask_math_verify(asked) if asked else [])
-    outcomes = [o or next(verdicts) for o in outcomes]
+            asked[len(outcomes)] = problem.answers, answer
+            outcomes.append("error")  # unless math-verify, in a process of its own, has a verdict
+    if asked:
+        program = f"{MATH_VERIFY_SOURCE}\nmath_verify_process({GRADE_SECONDS}, {GRADE_BYTES})"
+        lines = "".join(json.dumps(pair) + "\n" for pair in asked.values())
+        try:
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, input=lines,
+                                  timeout=60 + (GRADE_SECONDS + 1) * len(asked))
+            verdicts, reason = done.stdout.split(), (done.stderr.strip().splitlines() or ["it ended early"])[-1]
+        except (OSError, subprocess.TimeoutExpired) as e:
+            verdicts, reason = [], first_line(e)
+        if len(verdicts) < len(asked):
+            warn(f"{len(asked) - len(verdicts)} answers not graded ({reason}); try pip install math-verify")
+        for i, verdict in zip(asked, verdicts):
+            outcomes[i] = verdict
     return [(float(o == "correct"), o) for o in outcomes]
 
 
-def ask_math_verify(pairs: list[tuple[list[str], str]]) -> list[str]:
-    """Verdicts of math-verify on (golds, answer) pairs: correct, wrong, timeout or error. In a process of its own."""
-    program = f"{MATH_VERIFY_SOURCE}\nmath_verify_process({GRADE_SECONDS}, {GRADE_BYTES})"
-    try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                              input="".join(json.dumps(p) + "\n" for p in pairs),
-                              timeout=60 + (GRADE_SECONDS + 1) * len(pairs))
-        verdicts, reason = done.stdout.split(), (done.stderr.strip().splitlines() or ["it ended early"])[-1]
-    except (OSError, subprocess.TimeoutExpired) as e:
-        verdicts, reason = [], first_line(e)
-    if len(verdicts) < len(pairs):
-        warn(f"{len(pairs) - len(verdicts)} answers not graded ({reason}); try pip install math-verify")
-    return verdicts + ["error"] * (len(pairs) - len(verdicts))
-
-
 def math_verify_process(seconds: int, max_bytes: int) -> None:
-    """Prints a verdict for every line of its input; runs alone, as the main program of another process.
-
-    sympy can loop for ever or eat all memory on `9^{9^{9^9}}`, often in one C call which no exception interrupts. So
-    each answer gets a forked child, and the kernel enforces both limits on it: SIGALRM keeps its default action, which
-    ends the child whatever it is doing. As every child starts from the same state, no answer can spoil the next
-    verdict. math-verify's own timeouts, made of signals too, stay off.
-    """
+    """Prints a verdict for every line of its input; runs alone, as the main program of another process. sympy can loop
+    for ever or eat all memory on `9^{9^{9^9}}`, often in one C call which no exception interrupts. So each answer gets
+    a forked child, in the same state, and the kernel enforces both limits on it: SIGALRM's default action ends the
+    child whatever it is doing. math-verify's own timeouts, also of signals, stay off."""
     import contextlib, json, os, resource, signal, sys  # noqa: E401
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -2220,6 +2068,9 @@ MATH_VERIFY_SOURCE = inspect.getsource(math_verify_process)  # now: this file ma
 # ======================================================================================================================
 # 9. A run: its reflection model and evaluations, its files, its screen, and the program
 # ======================================================================================================================
+
+REPORT = Path(__file__).with_name("tools") / "report.py"  # draws curves.png and tree.png; a run does without it
+HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
 
 
 class UserError(Exception):
@@ -2263,7 +2114,6 @@ class Run:
     directory: Path
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
-    barren: list[str] = field(default_factory=list)       # why the iterations since the last child made none
 
     @property
     def policy(self) -> Policy:  # one model for sampler and trainer
@@ -2326,7 +2176,8 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
     policy = load_policy(directory, cfg, mesh, c.seed)
     policy.eos_ids, policy.context = stop_tokens(directory, tokenizer, cfg.vocab_size), c.context or cfg.max_context
     policy.max_rows = c.max_rows or (64 if jax.default_backend() == "cpu" else 512)
-    policy.cache_tokens, tag = cache_tokens(policy, device_memory()), tokenizer("</tool_call>", add_special_tokens=False).input_ids
+    policy.cache_tokens = cache_tokens(policy, device_memory())
+    tag = tokenizer("</tool_call>", add_special_tokens=False).input_ids
     policy.pause_ids = tuple(tag) if len(tag) == 1 else ()
     return policy, Chat(tokenizer, c.prompt_role, c.thinking)
 
@@ -2367,7 +2218,7 @@ def cache_tokens(policy: Policy, memory: dict[str, float]) -> int:
 def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:
     """Leave out problems whose prompt, with the root principles, has no room for a response; say how many."""
     for split, problems in {"train": task.train, "val": task.val, "test": task.test}.items():
-        ids = [rollout_ids(task, chat, task.root, x) for x in problems]
+        ids = [chat.ids(system_text(task, task.root), x.question) for x in problems]
         if (highest := max(map(max, filter(None, ids)), default=0)) >= vocab_size:
             raise UserError(f"the tokenizer gives id {highest}, the model has {vocab_size} tokens; --model mixes two")
         kept = [x for x, i in zip(problems, ids) if 0 < len(i) < context]
@@ -2380,25 +2231,20 @@ def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) ->
 
 # ---- The reflection model, and evaluation
 
-def make_ask(run: Run, iteration: int) -> Callable[[str, list[dict]], list[str]]:
+def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict]) -> list[str]:
     """The `ask` of a Tournament: requests of prompts_seed.txt answered by the reflection model, all in one batch."""
-    c, calls = run.config, Counter()
-    theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
-
-    def ask(request: str, slots: list[dict]) -> list[str]:
-        calls[request] += 1
-        limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
-        prompts = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
-        responses = generate(run.policy, theta, prompts, [1] * len(prompts), Sampling(
-            c.reflect_temperature, c.top_p, c.reflect_tokens, run.seed(f"{request}/{calls[request]}/{iteration}"),
-            f"reflecting: {request}"))
-        replies = [run.chat.text(r.tokens, ids) for ids, [r] in zip(prompts, responses)]
-        run.append("reflections.jsonl", [
-            dict(iteration=iteration, request=request, prompt=run.chat.tokenizer.decode(p), reply=reply)
-            for p, reply in zip(prompts, replies)])
-        return [final_text(reply).strip() for reply in replies]  # what a model thinks aloud is not its reply
-
-    return ask
+    c, theta = run.config, run.policy.theta_ref if run.config.reflector == "reference" else run.policy.theta
+    calls[request] += 1  # for each call a seed of its own
+    limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
+    prompts = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
+    sampling = Sampling(c.reflect_temperature, c.top_p, c.reflect_tokens,
+                        run.seed(f"{request}/{calls[request]}/{iteration}"), f"reflecting: {request}")
+    responses = generate(run.policy, theta, prompts, [1] * len(prompts), sampling)
+    replies = [run.chat.text(r.tokens, ids) for ids, [r] in zip(prompts, responses)]
+    run.append("reflections.jsonl", [
+        dict(iteration=iteration, request=request, prompt=run.chat.tokenizer.decode(p), reply=reply)
+        for p, reply in zip(prompts, replies)])
+    return [final_text(reply).strip() for reply in replies]  # what a model thinks aloud is not its reply
 
 
 def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
@@ -2418,7 +2264,7 @@ def tested_prompt(run: Run) -> SystemPrompt:
     c, pool = run.config, run.population[-run.config.max_pool_size:]
     if c.test_prompt == "latest" or c.mode == "reflection" or c.num_prompts == 1:  # alone, no prompt is ever rated
         return pool[-1]
-    return max(pool, key=lambda s: (s.score(-c.ucb_lambda), bool(s.history), s.id))  # of equals one that has competed
+    return max(pool, key=lambda s: (s.mu - c.ucb_lambda * s.sigma, bool(s.history), s.id))  # of equals who competed
 
 
 def evaluate(run: Run, iteration: int) -> dict:
@@ -2429,30 +2275,21 @@ def evaluate(run: Run, iteration: int) -> dict:
         groups = sample_groups(run, [(s, x, n) for x in problems], split, iteration)
         if groups:
             result[split] = float(np.mean([g.value for g in groups]))
-            for k in sorted({k for k in (1, 2, 4, 8, n) if k <= n}):
-                chances = [pass_at_k(g.outcomes.count("correct"), n, k) for g in groups]
+            for k in sorted({k for k in (1, 2, 4, 8, n) if k <= n}):  # unbiased (Chen et al., 2021)
+                chances = [1 - math.comb(n - g.outcomes.count("correct"), k) / math.comb(n, k) for g in groups]
                 result[f"{split}_pass@{k}"] = float(np.mean(chances))
             s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
     if run.config.test_greedy:
         groups = sample_groups(run, [(s, x, 1) for x in run.task.test], "test_greedy", iteration)
         result["test_greedy"] = float(np.mean([g.value for g in groups]))
-    best = max((e["val"] for e in run.evaluations if "val" in e), default=-math.inf)
     run.evaluations.append(result)
-    if result.get("val", -math.inf) > best:
+    if "val" in result and max(run.evaluations, key=lambda e: e["val"]) is result:  # the first of equals
         with checkpoint_manager(run, "best", keep=1) as manager:
             save_checkpoint(run, manager, iteration)
     return result
 
 
-def pass_at_k(correct: int, n: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of k samples is correct, from n samples (Chen et al., 2021)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
 # ---- Checkpoints and logs
-
-REPORT = Path(__file__).with_name("tools") / "report.py"  # draws curves.png and tree.png; a run does without it
-
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
     """Orbax checkpoints in <run>/<name>."""
@@ -2476,32 +2313,25 @@ def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) ->
 
 
 def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
-    """Bring `run` back to its latest checkpoint and cut its logs there; returns the iteration."""
-    if (iteration := manager.latest_step()) is None:  # killed before the first one
-        return cut_logs(run, -1)
-    like = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
-    state = manager.restore(iteration, args=ocp.args.Composite(
-        weights=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
-        loop=ocp.args.JsonRestore()))
-    run.policy.theta, run.trainer.opt_state = state["weights"]["theta"], state["weights"]["opt_state"]
-    run.population = [SystemPrompt(**s) for s in state["loop"]["prompts"]]
-    run.evaluations = state["loop"]["evaluations"]
-    return cut_logs(run, iteration)
-
-
-def cut_logs(run: Run, iteration: int) -> int:
-    """Drop what was logged after this iteration, which is about to be done again; returns the iteration."""
-    for path in (run.directory / f"{name}.jsonl" for name in ("metrics", "rollouts", "reflections")):
-        if not path.is_file():
-            continue
-        part = path.with_name(path.name + ".part")
-        with open(path, "rb") as old, open(part, "wb") as new:  # bytes: only \n ends a record
-            for line in old:
+    """Bring `run` back to its latest checkpoint and cut its logs there; returns the iteration, -1 if there is none."""
+    if (done := max(manager.all_steps(), default=-1)) >= 0:
+        like = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
+        state = manager.restore(done, args=ocp.args.Composite(
+            weights=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
+            loop=ocp.args.JsonRestore()))
+        run.policy.theta, run.trainer.opt_state = state["weights"]["theta"], state["weights"]["opt_state"]
+        run.population = [SystemPrompt(**s) for s in state["loop"]["prompts"]]
+        run.evaluations = state["loop"]["evaluations"]
+    logs = [run.directory / name for name in ("metrics.jsonl", "rollouts.jsonl", "reflections.jsonl")]
+    for path in filter(Path.is_file, logs):
+        with open(path, "rb+") as file:  # bytes: only \n ends a record
+            end = kept = 0
+            for line in file:
+                end += len(line)
                 with contextlib.suppress(ValueError):  # the line that was being written may be incomplete
-                    if json.loads(line)["iteration"] <= iteration:
-                        new.write(line.rstrip(b"\n") + b"\n")
-        part.replace(path)
-    return iteration
+                    kept = end if json.loads(line)["iteration"] <= done else kept
+            file.truncate(kept)
+    return done
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -2536,15 +2366,12 @@ def write_logs(run: Run, m: dict) -> None:
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
         slow = "test" in m and sum(run.seconds.values()) > 10
         if REPORT.is_file() and (slow or m["iteration"] == last_iteration(run)):
-            load_file(REPORT)["draw"](run.directory)
+            runpy.run_path(str(REPORT))["draw"](run.directory)
     except Exception as e:
         warn(f"could not write population.json or a picture: {first_line(e)}")
 
 
 # ---- The screen and the program
-
-HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
-
 
 def print_line(run: Run, m: dict) -> None:
     """A line an iteration, heads now and then, and advice when no child is made for long."""
@@ -2562,11 +2389,9 @@ def print_line(run: Run, m: dict) -> None:
     if m["iteration"] % 20 == 0:
         tqdm.write(HEADS)
     tqdm.write(" | ".join(parts))
-    run.barren = run.barren + list(m["no_child"].values())[:1] if m.get("no_child") and not m["children"] else []
-    if len(run.barren) == 10:
-        reason, _ = Counter(r.partition(" (")[0] for r in run.barren).most_common(1)[0]
-        warn("no child for ten iterations, mostly: " + next(r for r in run.barren[::-1] if r.startswith(reason)))
-        run.barren = []
+    barren = m["iteration"] - run.population[-1].iteration  # iterations since the last child
+    if m.get("no_child") and barren and barren % 10 == 0:
+        warn(f"no child for {barren} iterations, lastly: {next(iter(m['no_child'].values()))}")
 
 
 def summary(evaluations: list[dict]) -> dict[str, dict]:
@@ -2588,7 +2413,7 @@ def closing_report(run: Run) -> str:
         name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
         lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
     return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}",
-                      textwrap.indent(listing(numbered(s.principles)), "    "), "", f"files: {run.directory}"])
+                      re.sub("^", "    ", listing(numbered(s.principles)), flags=re.M), "", f"files: {run.directory}"])
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -2606,66 +2431,41 @@ def parse_args(argv: list[str]) -> Config:
         with explained(f"cannot read {path}", "--resume takes an earlier run's directory"):
             saved = json.loads(path.read_text()) | {"run_dir": named.resume}
             named.task = saved["task"]
-    if not (named.task or named.train_file or named.test_file or named.resume):
+    elif not (named.task or named.train_file or named.test_file):
         named.task = "glyphs"
-    try:
-        own = task_file(named.task)
-    except UserError:
-        if named.task != "glyphs" or not {"-h", "--help"} & {*argv}:
-            raise
-        own = {}  # --help helps also where there is no tasks/
-    with explained(f"task {named.task}: its FLAGS or DEFAULTS are wrong"):
+    alone = {"-h", "--help"} & {*argv} and not Path(__file__).with_name("tasks").is_dir()  # helps there, too
+    own = {} if alone else task_file(named.task)
+    with explained(f"task {named.task}: its FLAGS, DEFAULTS or config.json are wrong"):
         flags = [(name, type(value), flag(value, "Task", text)) for name, (value, text) in own.get("FLAGS", {}).items()]
         kind = dataclasses.make_dataclass("TaskConfig", flags, bases=(Config,))
-        defaults = dataclasses.asdict(kind(**own.get("DEFAULTS", {}))) | {"task": named.task}
+        defaults = dataclasses.asdict(kind(**own.get("DEFAULTS", {}) | {"task": named.task} | saved))
     parser = argparse.ArgumentParser(
         usage="python espl.py [--task TASK] [flags]", description=__doc__.split("\n")[0],
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
-    parser.error, groups = stop, {}
-    for f in dataclasses.fields(kind):
+    parser.error, fields = stop, {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(kind)}
+    titles = dict.fromkeys(f.metadata["group"] for f in fields.values())
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for name, f in fields.items():
         m, value = f.metadata, defaults[f.name]
-        group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]) if m["group"] not in groups else 0)
         how = dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else dict(
             type=type(f.default), choices=m["choices"], metavar=None if m["choices"] else type(value).__name__.upper())
-        symbol = f"[{m['symbol']}] " if m["symbol"] else ""
-        shown = f" (default: {value})" if value != "" else ""
-        group.add_argument("--" + f.name.replace("_", "-"), help=(symbol + m["text"] + shown).replace("%", "%%"), **how)
+        text = f"[{m['symbol']}] " * bool(m["symbol"]) + m["text"] + f" (default: {value})" * (value != "")
+        groups[m["group"]].add_argument(name, help=text.replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
-    if fixed := [n for n in given if saved and n not in RESUMABLE + ("resume",) and given[n] != saved.get(n)]:
-        raise UserError(f"--{fixed[0].replace('_', '-')} cannot change when resuming; start a new run")
-    defaults |= {"ucb_lambda": 0.0} if given.get("rating") == "last" else {}
-    with explained(f"cannot read {named.resume}/config.json", "--resume takes an earlier run's directory"):
-        config = kind(**(saved or defaults) | given)
-    for f in dataclasses.fields(kind):
-        value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
-        choices, numbers = f.metadata.get("choices"), (int, float) if isinstance(f.default, float) else type(f.default)
-        if not isinstance(value, numbers) or choices and value not in choices:  # of a task file's DEFAULTS
-            raise UserError(f"--{f.name.replace('_', '-')} {value!r}: must be {choices or type(f.default).__name__}")
-        if low is not None and not (low <= value <= (value if high is None else high) and math.isfinite(value)):
-            limit = f"at least {low}" + (f" and at most {high}" if high else "")
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be {limit}")
-    if not (config.task or config.train_file and config.test_file):
-        raise UserError("choose a --task, or give --train-file and --test-file; see python espl.py --help")
-    return config
-
-
-@contextlib.contextmanager
-def interrupts():
-    """A list that is no longer empty when Ctrl-C was pressed, even if some library swallowed the KeyboardInterrupt."""
-    pressed = []
-
-    def interrupt(*_):
-        pressed.append(True)
-        raise KeyboardInterrupt
-
-    old = signal.getsignal(signal.SIGINT)
-    if old is signal.default_int_handler:  # not if it is ignored, as in the background
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, old)
+    if given.get("rating") == "last" and not saved:
+        defaults["ucb_lambda"] = 0.0
+    for name, f in fields.items():
+        value, m = (defaults | given)[f.name], f.metadata
+        if saved and f.name not in RESUMABLE and value != defaults[f.name]:
+            raise UserError(f"{name} cannot change when resuming; start a new run")
+        types = (int, float) if isinstance(f.default, float) else type(f.default)
+        if not isinstance(value, types) or m["choices"] and value not in m["choices"]:  # of a task file's DEFAULTS
+            raise UserError(f"{name} {value!r}: must be {m['choices'] or type(f.default).__name__}")
+        if m["low"] is not None and not m["low"] <= value <= m["high"]:
+            limit = f" and at most {m['high']}" * (m["high"] < sys.float_info.max)
+            raise UserError(f"{name} {value}: must be at least {m['low']}{limit}")
+    return kind(**defaults | given)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2678,13 +2478,14 @@ def main(argv: list[str] | None = None) -> int:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
         run = start_run(c)
         task, cfg = run.task, run.policy.cfg
-        longest = max(len(rollout_ids(task, run.chat, task.root, x)) for x in task.train) + c.max_new_tokens
-        longest = cache_length(run.policy, min(longest, run.policy.context))
+        prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train]
+        lengths = max(map(len, prompts)), min(max(map(len, prompts)) + c.max_new_tokens, run.policy.context)
+        first, last = (rows_for(run.policy, 2**30, cache_length(run.policy, n)) for n in lengths)
         print(f"{c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
               f"problems, {last_iteration(run)} iterations\n{c.model} ({cfg.dtype}, "
               f"{f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on {len(jax.devices())} "
-              f"{jax.default_backend()} device(s), at least {rows_for(run.policy, 2**30, longest)} rollouts at once"
-              f"\nwriting {run.directory}", flush=True)
+              f"{jax.default_backend()} device(s), up to {first} rollouts at once"
+              f"{f', {last} of the longest' * (last < first)}\nwriting {run.directory}", flush=True)
         train(run)
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)

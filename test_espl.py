@@ -1437,7 +1437,7 @@ SCHEMA = ('{"name": "x", "description": "Multiplies two numbers.", "parameters":
     (None, "<bos>S\n\nT SCHEMA\n\nP [G0] p\n\nQ?\n\n")])
 def test_the_model_is_told_of_the_tools_once(make_chat, template, expected):
     task = espl.Task("t", [], [], [], {"system": "S\n\nT {tools}\n\nP {principles}"}, None, None, {"x": multiply})
-    chat, told = make_chat(template), lambda: chat.tokenizer.decode(espl.rollout_ids(task, chat, ["p"], problem("Q?")))
+    chat, told = make_chat(template), lambda: chat.tokenizer.decode(chat.ids(espl.system_text(task, ["p"]), "Q?"))
     assert told() == expected.replace("SCHEMA", SCHEMA)
     task.tools = {}
     assert "T " not in told() and "tool" not in told()
@@ -1507,10 +1507,10 @@ def test_calls_are_found_wherever_a_chunk_ends(make_chat):
     assert "<|tool|>42" in chat.tokenizer.decode(sample(espl.Response([], [], "length"), "</think>" + CALL))
 
 
-def test_a_tool_that_cannot_be_described_is_a_user_error(make_chat):
+def test_a_tool_that_cannot_be_described_is_a_user_error():
     task = espl.Task("t", [], [], [], {"system": "{tools}"}, None, None, {"x": lambda a: a})
     with pytest.raises(espl.UserError, match="tool x .*docstring"):
-        espl.rollout_ids(task, make_chat(None), [], problem("Q?"))
+        espl.system_text(task, [])
 
 
 @pytest.fixture
@@ -2054,8 +2054,14 @@ def test_mutation_drops_leaks_of_proposal_and_plan(allow):
     ([[0.9, 0.9], [0.1, 0.1]], 0, {}),                                            # and so must another
 ])
 def test_crossover_parents(values, best, parents):
-    result = espl.crossover_parents(np.array(values), best)
-    assert result == parents and list(result) == list(parents)
+    found, ask, _ = crossover_of("[]", rewards=values, best=best)
+    if not parents:
+        assert "strictly" in found and not ask.asked
+        return
+    assert [s.id - 10 for s in found[1]] == list(parents)  # the best one first; set A
+    [request] = ask.requests("crossover")
+    wins = re.findall(r"Problem (\d) \(won by set (\w)\)", request["wins"])
+    assert {i: [int(b) for b, x in wins if x == letter] for i, letter in zip(parents, "ABC")} == parents
 
 
 def crossover_of(*replies, rewards=((0.0, 1.0), (1.0, 0.2), (0.5, 0.2)), best=1):
@@ -2099,11 +2105,19 @@ def test_crossover_that_does_not_parse_or_apply():
 # ---- pass@k ----
 
 
-def test_pass_at_k_is_the_share_of_lucky_subsets():
-    for n in range(1, 7):
-        for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
-            subsets = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
-            assert espl.pass_at_k(correct, n, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+@pytest.mark.parametrize("n", range(1, 7))
+def test_pass_at_k_is_the_share_of_lucky_subsets(n, monkeypatch):
+    for correct in range(n + 1):
+        responses = [1] * correct + [0] * (n - correct)
+        found = espl.Group(problem(), [""] * n, responses, ["correct" if r else "wrong" for r in responses])
+        monkeypatch.setattr(espl, "sample_groups", lambda run, pairs, *_: [found for _ in pairs])
+        run = SimpleNamespace(config=espl.Config(test_samples=n), population=population_of((25, 8)), evaluations=[],
+                              task=SimpleNamespace(val=[], test=[problem()]))
+        result, ks = espl.evaluate(run, 0), {k for k in (1, 2, 4, n) if k <= n}
+        assert {name for name in result if "@" in name} == {f"test_pass@{k}" for k in ks}
+        for k in ks:
+            subsets = list(itertools.combinations(responses, k))
+            assert result[f"test_pass@{k}"] == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 # ======================================================================================================================
@@ -2506,7 +2520,7 @@ def full_disk(*_, **__):
 
 
 @pytest.mark.parametrize("part, warning", [
-    ("load_file", "it broke"), ("open", "No space left"), ("ask_math_verify", "answers not graded")])
+    ("runpy", "it broke"), ("open", "No space left"), ("subprocess", "answers not graded")])
 def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     generate = espl.generate
 
@@ -2514,14 +2528,14 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
         return (fail if "reflecting" in args[4].label else generate)(*args)
 
     patches = {"open": dict(open=full_disk),
-               "ask_math_verify": dict(plain_integer=lambda text: None, subprocess=SimpleNamespace(
+               "subprocess": dict(plain_integer=lambda text: None, subprocess=SimpleNamespace(
                    run=full_disk, TimeoutExpired=subprocess.TimeoutExpired)),
-               "load_file": dict(load_file=fail, generate=reflecting_fails)}
+               "runpy": dict(runpy=SimpleNamespace(run_path=fail), generate=reflecting_fails)}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
     assert warning in error and "badly" not in error and run.population[0].history
-    if part == "load_file":
+    if part == "runpy":
         assert metrics(run)[1]["no_child"]["mutation"] == "failed: it broke" and len(prompts_of(run)) == 1
-    if part == "ask_math_verify":
+    if part == "subprocess":
         assert metrics(run)[1]["outcomes"]["error"] > 0
 
 
@@ -2558,19 +2572,6 @@ def test_interrupted_from_outside(world, tmp_path, ctrl_c):
     assert process.returncode == 130 and "Traceback" not in error
     assert error.strip().split("\n")[-1].endswith(f"python espl.py --resume {tmp_path / 'run'}")
     assert [m["iteration"] for m in metrics(play(["--resume", tmp_path / "run"]))] == [0, 1]
-
-
-def test_an_interrupt_that_was_swallowed_ends_the_run_after_its_iteration(world, tmp_path, capsys, ctrl_c):
-    generate, before = espl.generate, signal.getsignal(signal.SIGINT)
-
-    def swallowing(*args):
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        return generate(*args)
-
-    run = play(flags(world, tmp_path / "run", iterations=3), code=130, generate=swallowing)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert [m["iteration"] for m in metrics(run)] == [0] and "--resume" in capsys.readouterr().err
 
 
 def test_later_checkpoints_of_a_killed_run_are_replaced(run_of, tmp_path):
@@ -2649,19 +2650,19 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "loss": (lambda w, d: dict(loss="foo"), "--loss.*foo"),
     "not a number": (lambda w, d: dict(num_rollouts="x"), "--num-rollouts.*x"),
     "unknown flag": (lambda w, d: dict(no_such_flag=1), "no-such-flag"),
-    "no test file": (lambda w, d: dict(test_file=None), "--test-file"),
+    "no test file": (lambda w, d: dict(test_file=None), "a missing file; choose another --test-file"),
     "missing file": (lambda w, d: dict(train_file=d / "none.jsonl"), r"cannot read .*none\.jsonl"),
     "directory as file": (lambda w, d: dict(test_file=d), "cannot read"),
-    "empty": (lambda w, d: dict(train_file=file(d)), "no problem in .*f.jsonl; choose another --train-file"),
+    "empty": (lambda w, d: dict(train_file=file(d)), "no problem in [^ ]*f.jsonl; choose another --train-file"),
     "empty test": (lambda w, d: dict(test_file=file(d, "\n\n")), "no problem in .*f.jsonl; choose another --test-file"),
     "malformed": (lambda w, d: dict(train_file=file(d, GOOD, "{oops\n")), r"f\.jsonl:2: not JSON"),
-    "not an object": (lambda w, d: dict(train_file=file(d, GOOD, "\n", "[1]\n")), r"f\.jsonl:3: not a JSON object"),
-    "no answer": (lambda w, d: dict(train_file=file(d, {"problem": "p"})), r"f\.jsonl:1: needs .*answer"),
+    "not an object": (lambda w, d: dict(train_file=file(d, GOOD, "\n", "[1]\n")), r"f\.jsonl:3: needs an object"),
+    "no answer": (lambda w, d: dict(train_file=file(d, {"problem": "p"})), r"f\.jsonl:1: needs .* answer"),
     "no question": (lambda w, d: dict(test_file=file(d, GOOD | {"problem": " "})), r"f\.jsonl:1: needs .*question"),
     "odd": (lambda w, d: dict(train_file=file(d, {"prompt": [], "reward_model": {}})), r"f\.jsonl:1: needs"),
-    "only test problems": (lambda w, d: dict(train_file=w / "test.jsonl"), "also a test problem"),
+    "only test problems": (lambda w, d: dict(train_file=w / "test.jsonl"), "also a test problem; choose another --train-file"),
     "all too long": (lambda w, d: dict(train_file=file(d, *LONG)), "no train problem fits"),
-    "no data set": (lambda w, d: dict(task="dapo", train_file=None), "cannot load the data set Byted"),
+    "no data set": (lambda w, d: dict(task="aime", train_file=None), "cannot load the data set AI-MO"),
     "no model": (lambda w, d: dict(model="nobody/nothing"), "cannot get nobody/nothing"),
     "no directory": (lambda w, d: dict(model=d / "none"), "no such directory"),
     "model_type": (lambda w, d: dict(model=model(w, d / "m", model_type="gpt2")), "'gpt2' is not supported"),
@@ -2682,7 +2683,7 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "task texts": (lambda w, d: dict(task=task(d, "PROMPTS = '[critique]'")), r"\[critique\].*lacks the slot"),
     "task tool": (lambda w, d: dict(task=task(d, "def tools(config):\n    return {'x': lambda y: y}")), "slot {tools}"),
     "task problems": (lambda w, d: dict(task=task(d, "def problems(config):\n    return [{}], []"), train_file=None),
-                      "task.py:0: needs a text problem"),
+                      "task.py:0: needs an object with a text problem"),
     "task problems fail": (lambda w, d: dict(task=task(d, "def problems(config):\n    1 / 0"), train_file=None),
                            "task.py: .*division by zero"),
     "no problems": (lambda w, d: dict(task=task(d, ""), train_file=None), "no problem in .*task.py; choose another"),
@@ -2787,23 +2788,34 @@ def test_duplicates_and_test_problems_leave_the_training_set(tmp_path):
 @pytest.mark.parametrize("record, question, answers", [
     ({"problem": " p ", "answer": 0}, "p", ("0",)), ({"question": "q", "groundtruth": "x"}, "q", ("x",)),
     ({"question": "q", "golden_answers": ["a", " b", ""]}, "q", ("a", "b")),
-    ({"prompt": [{"content": "Solve.\n\nx\n\ny\n\nEnd."}], "reward_model": {"ground_truth": "3"}}, "x\n\ny", ("3",))])
+    ({"question": "q", "answer": 142.0}, "q", ("142",))])
 def test_to_problem(record, question, answers):
     problem = espl.to_problem(record, "here")
     assert problem == espl.Problem("here", question, answers) and problem.record == record
 
 
+def test_a_file_takes_the_place_of_a_data_set(tmp_path, monkeypatch):
+    asked, train = [], write_jsonl(tmp_path / "a.jsonl", [{"problem": "p", "answer": 1}])
+    monkeypatch.setattr(espl, "read_hub", lambda name: asked.append(name) or [{"problem": "t", "answer": 2}])
+    task = espl.load_task(espl.parse_args(["--task", "aime", "--train-file", train]))
+    assert asked == ["ByteDance-Seed/BeyondAIME:test"] and [x.question for x in task.train + task.test] == ["p", "t"]
+
+
 def test_dapo_is_read_through_its_columns(monkeypatch):
     """1.79 million rows on the hub, each problem a hundred times; here 200,000 of 2,000, in seconds."""
     import datasets
-    rows = [{"prompt": [{"content": f"Solve.\n\nproblem {i}\n\nEnd.", "role": "user"}],
+    rows = [{"prompt": [{"content": f"Solve.\n\nproblem\n\n{i}\n\nEnd.", "role": "user"}],
              "reward_model": {"ground_truth": str(i % 7), "style": "rule"}} for i in range(2000)]
     rows = datasets.concatenate_datasets([datasets.Dataset.from_list(rows)] * 100)
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: rows)
+    sets = {"BytedTsinghua-SIA/DAPO-Math-17k": rows,
+            "yentinglin/aime_2025": datasets.Dataset.from_list([{"problem": "p", "answer": "70", "year": 2025}])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: sets[path])
     start = time.process_time()
-    problems = espl.read_hub("x:train")
+    task = espl.load_task(espl.parse_args(["--task", "dapo", "--train-size", "2000"]))
     assert time.process_time() - start < 10
-    assert [(p.question, p.answers) for p in problems] == [(f"problem {i}", (str(i % 7),)) for i in range(2000)]
+    assert {(x.question, x.answers) for x in task.train + task.val} == {
+        (f"problem\n\n{i}", (str(i % 7),)) for i in range(2000)}
+    assert [(x.question, x.answers) for x in task.test] == [("p", ("70",))]
 
 
 @pytest.mark.parametrize("n, B, batches", [(19, 10, 2), (10, 3, 4), (10, 40, 1), (9, 3, 3)])
@@ -2887,7 +2899,7 @@ def test_reflection_requests_leave_room_for_the_reply(chat, monkeypatch, tmp_pat
     trainer = SimpleNamespace(policy=SimpleNamespace(theta="now", theta_ref="reference", context=100))
     task = SimpleNamespace(texts={"summarize": "w1 {a}", "critique": "w1 " * 200})
     run = espl.Run(espl.Config(reflect_tokens=reflect_tokens), task, chat, trainer, [], tmp_path)
-    ask = espl.make_ask(run, 1)
+    ask = partial(espl.ask, run, 1, Counter())
     assert len(ask("summarize", [{"a": "w2 " * n} for n in (3, 500)])) == 2
     with pytest.raises(ValueError, match="does not fit"):
         ask("critique", [{"a": ""}])
@@ -2924,7 +2936,7 @@ def screen(capsys, run, **m):
 
 
 def test_a_line_an_iteration(capsys):
-    run = SimpleNamespace(barren=[])
+    run = SimpleNamespace(population=population_of((25, 8)))
     m = dict(iteration=49, reward_mean=0.86, rewards={24: 0.9, 26: 0.9}, best=26, loss=0.0, grad_norm=0.384,
              entropy=0.112)
     assert screen(capsys, run, **m, children={"mutation": {"id": 28, "parents": [26]}}).out == (
@@ -2940,20 +2952,17 @@ def test_a_line_an_iteration(capsys):
 
 
 def test_the_screen_says_why_nothing_is_bred_only_after_ten_iterations(capsys):
-    """With the most frequent reason, whatever the numbers in it; a child starts the count anew."""
-    run, said = SimpleNamespace(barren=[]), []
+    """With the latest reason; a child starts the count anew."""
+    run, said = SimpleNamespace(population=population_of((25, 8))), []
     for i in range(1, 35):
-        why = f"no valid proposal ({i} of 99 critiques did not parse)" if i % 3 else "nothing changed (equal to 3)"
+        if i == 4:
+            espl.add_child(run.population, ["new"], run.population[:1], "mutation", i, espl.Config())
         child = {"mutation": {"id": 1, "parents": [0]}} if i == 4 else {}
-        said += [(i, screen(capsys, run, iteration=i, children=child, no_child={} if child else {"mutation": why}).err)]
+        no_child = {} if child else {"mutation": f"no valid proposal ({i} of 99 critiques did not parse)"}
+        said += [(i, screen(capsys, run, iteration=i, children=child, no_child=no_child).err)]
     assert [i for i, err in said if err] == [14, 24, 34]
-    assert said[13][1] == ("espl: warning: no child for ten iterations, mostly: no valid proposal (14 of 99 critiques "
+    assert said[13][1] == ("espl: warning: no child for 10 iterations, lastly: no valid proposal (14 of 99 critiques "
                            "did not parse)\n")
-
-
-@pytest.mark.parametrize("c, n, k, expected", [(0, 4, 2, 0), (1, 4, 1, 0.25), (1, 4, 2, 0.5), (3, 4, 2, 1)])
-def test_pass_at_k(c, n, k, expected):
-    assert espl.pass_at_k(c, n, k) == pytest.approx(expected)
 
 
 def test_summary_picks_by_validation():
@@ -3707,14 +3716,13 @@ def test_the_task_that_readme_shows(shown, world, tmp_path):
     assert run.task.name == "words" and len(metrics(run)) == 2
 
 
-def test_the_tool_that_readme_shows(shown, tmp_path, make_chat):
+def test_the_tool_that_readme_shows(shown, tmp_path):
     train, test = (write_jsonl(tmp_path / n, [{"question": f"{n} {i}?", "answer": "x"} for i in "ab"]) for n in "xy")
     task = espl.load_task(espl.parse_args(["--task", shown("dates"), "--train-file", train, "--test-file", test]))
     call = '<tool_call>{"name": "weekday", "arguments": {"date": "1969-07-20"}}</tool_call>'
     assert espl.call_tool(task.tools, call) == "Sunday"
     assert espl.call_tool(task.tools, call.replace("20", "32")).startswith("Error: ")
-    chat = make_chat(CHATML)
-    assert "The date, as 1969-07-20." in chat.tokenizer.decode(espl.rollout_ids(task, chat, [], task.test[0]))
+    assert "The date, as 1969-07-20." in espl.system_text(task, [])
 
 
 def test_fork_with_an_operator(fork):
