@@ -1122,7 +1122,8 @@ def test_plan_agrees_with_a_real_run(tmp_path, monkeypatch):
         espl.rl_update(trainer, [espl.Sample([7] * 64, [9] * 448, [-4.0] * 448, 1.0)] * 2, 2)
 
     assert sizes == {name: plan["sizes"][name] for name in sizes}
-    unused = {"decode": stack, "extend": stack, "add_gradient": sizes["first value"]}  # left out by jit
+    unused = {"decode": stack, "extend": stack, "add_gradient": sizes["first value"],  # left out by jit
+              "prefill": 2 * 2 * 512 * 4 // 2}  # and two prompts of 512 tokens shared out over data
     assert real.keys() == planned.keys() - {"moments", "unstack", "new cache", "zero gradient"}
     for step, (given, alive) in real.items():
         p = planned[step]
@@ -3483,7 +3484,7 @@ GLYPH_RUNS = [["--mode", mode] for mode in espl.MODES] + [
 @pytest.mark.parametrize("changes", GLYPH_RUNS, ids=" ".join)
 def test_glyphs_run_like_any_task(tmp_path, capsys, changes):
     argv = ["--run-dir", str(tmp_path / "run"), "--iterations", "2", "--batch-size", "4", "--p-crossover", "1",
-            "--max-new-tokens", "12", "--reflect-problems", "1", "--train-size", "20", "--test-size", "5",
+            "--max-new-tokens", "12", "--reflect-problems", "3", "--train-size", "20", "--test-size", "5",
             "--compile-cache", ""]
     assert espl.main([*argv, *changes]) == 0
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@
     python tools/plan.py --model Llama-3.1-8B --devices v5e:4x4 --model-parallel 8
     python tools/plan.py --model DIR --devices v5p:2x2x2 --lora-rank 0            # a directory with a config.json
     python tools/plan.py --model Qwen3-4B --devices cpu:8 --rows 128 --length 8192 --microbatch-tokens 32768 --json
+    python tools/plan.py --table A.json B.json                                    # README's, of what --json wrote
     python tools/plan.py --model Qwen3-1.7B --devices H100:1 --queue              # seconds of sampling, on paper
     python tools/plan.py --model Qwen3-1.7B --devices H100:1 --queue RUN/rollouts.jsonl
 
@@ -335,11 +336,26 @@ def show(r: dict) -> None:
           f"{r['rows_that_fit'] - r['rows']} left\n{r['verdict']}")
 
 
+def show_table(files: list[str]) -> None:
+    """The reports in files written by --json, one a line."""
+    print("| model | devices | data x model | weights, GB | fullest step, GB | rows of 4,096 that fit | sent a decode step"
+          ", MB | sent a reply, MB |\n| --- |" + " --- |" * 7)
+    for r in (json.loads(Path(file).read_text()) for file in files):
+        steps = {p["step"]: p for p in r["programs"]}
+        worst = max(r["programs"], key=lambda p: p["peak"])
+        sent = [sum(c["bytes"] for c in steps[name]["collectives"].values()) / 1e6 for name in ("decode", "extend")]
+        rows = int(r["rows_that_fit"] * r["length"] / 4096) if r["fits"] else "does not fit"
+        weights = (r["sizes"]["weights"] + r["sizes"]["unstacked copy"]) / 1e9
+        print(f"| {r['model']} | {r['devices']} | {r['data']} x {r['model_parallel']} | {weights:.1f} | {worst['step']}: "
+              f"{worst['peak'] / 1e9:.1f} of {r['memory'] / 1e9:.0f} | {rows} | {sent[0]:.3g} | {sent[1]:.3g} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(print(f"plan: error: {message}; see --help", file=sys.stderr) or 2)
-    parser.add_argument("--model", required=True, help=f"directory, or one of {', '.join(MODELS)}")
-    parser.add_argument("--devices", required=True, help=f"KIND:SHAPE; KIND is cpu, {', '.join(MEMORY)}")
+    parser.add_argument("--table", nargs="+", metavar="FILE", help="only a table of what --json wrote earlier")
+    parser.add_argument("--model", help=f"directory, or one of {', '.join(MODELS)}")
+    parser.add_argument("--devices", help=f"KIND:SHAPE; KIND is cpu, {', '.join(MEMORY)}")
     for flag, default, text in (("--model-parallel", 1, "devices along the mesh's model axis"),
                                 ("--rows", 64, "responses decoded at once"), ("--length", 4096, "tokens in a row"),
                                 ("--lora-rank", 32, "0: train all"), ("--microbatch-tokens", 16384, "of a gradient")):
@@ -350,6 +366,10 @@ def main() -> int:
                         "rollouts.jsonl, or 150 of lognormal length, median 6,000, sigma 0.7, at most 15,000")
     parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
     args = parser.parse_args()
+    if args.table:
+        return show_table(args.table) or 0
+    if not (args.model and args.devices):
+        parser.error("--model and --devices are needed")
     if not re.fullmatch(rf"(cpu|{'|'.join(GPUS)}):[1-9]\d*|({'|'.join(MEMORY)}):\d+(x\d+)+", args.devices):
         parser.error(f"--devices {args.devices}: write v5e:4x4, H100:8 or cpu:8; there are cpu, {', '.join(MEMORY)}")
     for flag, least in dict(model_parallel=1, rows=1, length=8, lora_rank=0, microbatch_tokens=1).items():
@@ -369,7 +389,7 @@ def main() -> int:
                 lengths = [json.loads(line)["tokens"] for line in open(args.queue)] if args.queue else lengths
             print(simulate_queue(cfg, mesh, [int(n) for n in lengths], args.devices.split(":")[0], memory))
             return 0
-        args.rows = -(-args.rows // data) * data  # as in a run: so many that the devices share them out evenly
+        args.data, args.rows = data, -(-args.rows // data) * data  # as in a run: so many that the devices share them out evenly
         arrays = steps(partial(measure, programs), cfg, mesh, args.rows, args.length, args.microbatch_tokens, memory)
     except espl.UserError as e:
         return print(f"plan: error: {e}", file=sys.stderr) or 2
