@@ -1167,7 +1167,8 @@ def sample_token(key_B, logits_BV, temperature, top_p: float):
     logits_BV = logits_BV / jnp.where(draws, temperature, 1.0)  # the policy IS the tempered distribution
     if top_p < 1:
         logits_BV = nucleus(logits_BV, jnp.where(draws, top_p, 1.0))
-    (B, V), n = logits_BV.shape, math.gcd(logits_BV.shape[1], 64)
+    B, V = logits_BV.shape
+    n = 64 if V % 64 == 0 else V // math.gcd(V, 256)
     blocks = constrain(logits_BV.reshape(B, n, V // n), P.UNCONSTRAINED, "model", None)
     mass, keys = jax.nn.logsumexp(blocks, -1), jax.vmap(jax.random.split)(key_B)
     pick = lambda i, scores: jnp.argmax(scores + jnp.where(draws, jax.vmap(
