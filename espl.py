@@ -45,6 +45,7 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -854,14 +855,15 @@ class Response:
 class Row:
     """A rollout on its way through the cache."""
     group: int            # the index of its prompt
+    prompt: list[int]
     response: Response
     key: np.ndarray       # its own random key, uint32[2]
-    start: int            # position of the response's first token
     room: int             # most tokens of the response
-    token: int            # the next token to feed
-    position: int         # and its position
-    remaining: int        # how many it may still sample; 0 after an end token
-    reply: list[int] = field(default_factory=list)  # tokens before `token` that are not in the cache yet, as a tool's
+    reply: list[int] = field(default_factory=list)  # tokens before the last that are not in the cache yet, as a tool's
+
+    @property
+    def position(self) -> int:  # of its last token, the next to feed
+        return len(self.prompt) + len(self.response.tokens) - 1
 
 
 @dataclass
@@ -869,7 +871,6 @@ class Decoder:
     """The cache, the rollouts that own its rows (None: free), and the weights in the form that decoding takes."""
     policy: Policy
     weights: tuple        # graphdef, theta, frozen; and the model's layers, one by one
-    prompts: list[list[int]]
     rows: list[Row | None]
     length: int           # tokens that a row may hold now
     cache: list           # keys and values [B, K, S, H] for each layer
@@ -890,29 +891,29 @@ def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int],
     room = [max(0, min(sampling.max_new_tokens, policy.context - len(p))) for p in prompts]
     responses = [[Response([], []) for _ in range(n)] for n in counts]
     key = lambda g, j: np.random.SeedSequence([*sampling.seed, g, j]).generate_state(2)
-    queue = deque(Row(g, r, key(g, j), len(p), room[g], p[-1], len(p) - 1, room[g])
+    queue = deque(Row(g, p, r, key(g, j), room[g])
                   for g, p in enumerate(prompts) for j, r in enumerate(responses[g]) if room[g])
     if queue:
-        decoder = new_decoder(policy, theta, prompts, queue)
+        decoder = new_decoder(policy, theta, queue)
         stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
         with progress(total=len(queue), desc=sampling.label) as bar:
             while queue or decoder.parked or any(decoder.rows):
                 resize(decoder, queue)
                 admit(decoder, queue)
                 feed(decoder)
-                bar.update(collect(decoder, *decode(decoder, sampling, stop_ids), environment))
+                bar.update(decode(decoder, sampling, stop_ids, environment))
     return responses
 
 
-def new_decoder(policy: Policy, theta, prompts: list[list[int]], queue) -> Decoder:
+def new_decoder(policy: Policy, theta, queue) -> Decoder:
     """An empty cache for the queue's prompts, with as many rows as are needed and memory allows."""
-    theta = jax.tree_util.tree_map_with_path(  # cast once, not in every step; norms stay in float32, as in training
+    theta = jax.tree.map_with_path(  # cast once, not in every step; norms stay in float32, as in training
         lambda path, w: w if path_name(path).endswith("scale") else w.astype(policy.cfg.dtype), theta)
     weights = policy.graphdef, theta, policy.frozen
-    length = cache_length(policy, max(row.start for row in queue) + DECODE_CHUNK)
+    length = cache_length(policy, max(len(row.prompt) for row in queue) + DECODE_CHUNK)
     B = rows_for(policy, len(queue), length)
     cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(policy.cfg, B, length)
-    return Decoder(policy, (*weights, unstack(*weights)), prompts, [None] * B, length, cache)
+    return Decoder(policy, (*weights, unstack(*weights)), [None] * B, length, cache)
 
 
 # ---- The queue. Its policy, two functions of lengths alone, is what tools/plan.py simulates.
@@ -958,7 +959,7 @@ def next_shape(live: list[int], parked: list[int], waiting: int, rows: int, leng
 def resize(decoder: Decoder, queue) -> None:
     """Gives the cache its next shape; when it gets longer, those put aside come back into the queue."""
     policy, rows, shards = decoder.policy, decoder.rows, row_shards(decoder.policy.cfg)
-    holds = lambda row: min(row.position + DECODE_CHUNK, row.start + row.room)
+    holds = lambda row: min(row.position + DECODE_CHUNK, len(row.prompt) + row.room)
     live = [i for i, row in enumerate(rows) if row]
     leave, B, length = next_shape([holds(rows[i]) for i in live], [holds(row) for row in decoder.parked], len(queue),
                                   len(rows), decoder.length, partial(rows_for, policy), partial(cache_length, policy))
@@ -991,7 +992,7 @@ def admit(decoder: Decoder, queue) -> None:
             i, row = free.popleft(), queue.popleft()
             rows[i] = row
             if row.response.tokens:  # put aside earlier: `feed` gives back what it had
-                row.reply = (decoder.prompts[row.group] + row.response.tokens)[: row.position]
+                row.reply = (row.prompt + row.response.tokens)[:-1]
             else:
                 source_B[i] = groups.index(row.group)
         if max(source_B) >= 0:
@@ -1002,13 +1003,11 @@ def admit(decoder: Decoder, queue) -> None:
 
 def prefill_next(decoder: Decoder, queue) -> tuple:
     """The next prompts of the queue, at most PIECE tokens of them or one, and their keys and values."""
-    groups = list(dict.fromkeys(row.group for row in queue if not row.response.tokens))
-    prompts = [decoder.prompts[g][:-1] for g in groups]
-    length = cache_length(decoder.policy, len(prompts[0]))
-    fit = next((n for n, p in enumerate(prompts) if len(p) > length), len(prompts))
-    P = row_count(fit, max(1, PIECE // length), 1)
-    parts = [(p, 0) for p in prompts[: min(fit, P)]]
-    return groups[: len(parts)], prefill(*decoder.weights[:3], *padded(parts, P, length))
+    prompts = {row.group: (row.prompt[:-1], 0) for row in queue if not row.response.tokens}
+    length = cache_length(decoder.policy, len(queue[0].prompt) - 1)
+    fit = list(itertools.takewhile(lambda part: len(part[0]) <= length, prompts.values()))
+    P = row_count(len(fit), max(1, PIECE // length), 1)
+    return list(prompts)[: min(len(fit), P)], prefill(*decoder.weights[:3], *padded(fit[:P], P, length))
 
 
 def feed(decoder: Decoder) -> None:
@@ -1031,20 +1030,14 @@ def feed(decoder: Decoder) -> None:
             row.reply = row.reply[T:]
 
 
-def decode(decoder: Decoder, sampling: Sampling, stop_ids) -> tuple[np.ndarray, np.ndarray]:
-    """Up to DECODE_CHUNK steps of all rows; the sampled tokens [chunk, B], -1 where a row was idle, and log-probs."""
-    idle = Row(-1, None, np.zeros(2, np.uint32), 0, 0, 0, 0, 0)
-    rows = [row or idle for row in decoder.rows]
-    state = [np.array([getattr(row, name) for row in rows]) for name in ("token", "position", "remaining", "key")]
-    decoder.cache, *state, tokens, logprobs = decode_chunk(
-        *decoder.weights, decoder.cache, *state, stop_ids, sampling.temperature, sampling.top_p)
-    for row, *state in zip(rows, *(x.tolist() for x in map(np.asarray, state))):
-        row.token, row.position, row.remaining = state
-    return np.asarray(tokens), np.asarray(logprobs)
-
-
-def collect(decoder: Decoder, tokens: np.ndarray, logprobs: np.ndarray, environment) -> int:
-    """Adds what was sampled to the responses; rollouts that ended leave their rows. Returns how many did."""
+def decode(decoder: Decoder, sampling: Sampling, stop_ids, environment) -> int:
+    """Up to DECODE_CHUNK steps of all rows. Adds what was sampled to the responses; rollouts that ended leave their
+    rows. Returns how many did."""
+    states = [((row.response.tokens or row.prompt)[-1], row.position, row.room - len(row.response.tokens), row.key)
+              if row else (0, 0, 0, np.zeros(2, np.uint32)) for row in decoder.rows]
+    decoder.cache, *sampled = decode_chunk(*decoder.weights, decoder.cache, *map(np.array, zip(*states)), stop_ids,
+                                           sampling.temperature, sampling.top_p)
+    tokens, logprobs = map(np.asarray, sampled)
     live = [i for i, row in enumerate(decoder.rows) if row]
     for i in live:
         row, n = decoder.rows[i], int((tokens[:, i] >= 0).sum())
@@ -1053,13 +1046,12 @@ def collect(decoder: Decoder, tokens: np.ndarray, logprobs: np.ndarray, environm
         r.logprobs += logprobs[:n, i].tolist()
         reply = environment(row.group, r) if environment else None
         if reply and len(r.tokens) + len(reply) < row.room:
-            end = row.start + len(r.tokens)  # where the reply begins; the token before it has not been fed yet
-            row.reply, row.token, row.position = r.tokens[-1:] + reply[:-1], reply[-1], end + len(reply) - 1
+            row.reply = r.tokens[-1:] + reply[:-1]  # the token before the reply has not been fed yet
             r.tokens, r.logprobs = r.tokens + reply, r.logprobs + [None] * len(reply)
-            r.turn, row.remaining = len(r.tokens), row.room - len(r.tokens)
-        elif reply is not None or row.remaining == 0:  # a reply that does not fit ends the response
+            r.turn = len(r.tokens)
+        elif reply is not None or len(r.tokens) == row.room or r.tokens[-1] in stop_ids:
             r.stop = "eos" if reply is None and r.tokens[-1] in decoder.policy.eos_ids else r.stop
-            decoder.rows[i] = None
+            decoder.rows[i] = None  # also if the reply does not fit
     return sum(decoder.rows[i] is None for i in live)
 
 
@@ -1134,8 +1126,7 @@ def decode_chunk(graphdef, theta, frozen, layers, cache, token_B, position_B, re
     """Up to DECODE_CHUNK steps for all rows; stops early when none has tokens left.
 
     token_B, position_B: the next token to feed and its position; remaining_B: how many the row may still sample.
-    Returns (cache, token_B, position_B, remaining_B, the sampled tokens [chunk, B], -1 where a row was idle, and their
-    log-probabilities).
+    Returns the cache, the sampled tokens [chunk, B], -1 where a row was idle, and their log-probabilities.
     """
     model = nnx.merge(graphdef, theta, frozen)
 
@@ -1153,7 +1144,8 @@ def decode_chunk(graphdef, theta, frozen, layers, cache, token_B, position_B, re
     B = len(token_B)
     start = (0, cache, token_B, position_B, remaining_B, jnp.full((DECODE_CHUNK, B), -1), jnp.zeros((DECODE_CHUNK, B)))
     going = lambda carry: (carry[0] < DECODE_CHUNK) & jnp.any(carry[4] > 0)
-    return jax.lax.while_loop(going, step, start)[1:]
+    _, cache, *_, tokens, logprobs = jax.lax.while_loop(going, step, start)
+    return cache, tokens, logprobs
 
 
 def sample_token(key_B, logits_BV, temperature, top_p: float):
