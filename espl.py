@@ -604,8 +604,7 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
 # ======================================================================================================================
 
 
-@dataclass(frozen=True)
-class Objective:
+class Objective(NamedTuple):
     """The surrogate that the update maximises. Hashable: one compilation for each."""
     loss: str = "importance_sampling"
     temperature: float = 1.0  # of the sampler: log-probabilities are those of the tempered policy
@@ -646,7 +645,7 @@ def rl_update(trainer: Trainer, samples: list[Sample], num_rollouts: int) -> dic
     batches = list(microbatches(samples, trainer.max_tokens, policy.mesh.shape["data"]))
     remat = cheapest_remat(policy.cfg, policy.mesh, trainer.max_tokens)
     for batch in progress(batches, desc="updating"):
-        batch = {n: jax.device_put(x, jax.sharding.NamedSharding(policy.mesh, P("data"))) for n, x in batch.items()}
+        batch = jax.device_put(batch, jax.sharding.NamedSharding(policy.mesh, P("data")))
         gradient, metrics = add_gradient(gradient, policy.theta, policy.theta_ref, policy.graphdef, policy.frozen,
                                          batch, num_rollouts, objective, remat)
         sums.append(metrics)
@@ -684,8 +683,17 @@ def kl_estimators(logp, ref_logp, ratio):
     return jnp.exp(-log_ratio) + log_ratio - 1, jax.lax.stop_gradient(ratio) * 0.5 * log_ratio**2
 
 
-def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective: Objective, remat: str):
-    """-J(theta) of one microbatch (its share of the sum over all N M B rollouts) and sums for the log."""
+zeros_like = jax.jit(lambda tree: laid_out(jax.tree.map(jnp.zeros_like, tree)))  # one compilation for all shapes
+adam_init = jax.jit(lambda optimizer, theta: laid_out(optimizer.init(theta)), static_argnums=0)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
+def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
+    """Adds to `gradient` that of a microbatch's share of -J(theta), which is a sum over all N M B rollouts; also returns
+    (sums over its tokens, the largest ratio) for the log."""
+    mask = batch["mask"]  # [B, T]: 1 where the target is a response token
+    total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
+
     def logprobs(theta):
         model = nnx.merge(graphdef, theta, frozen)
         _, keys_values = model(batch["prompt"], batch["prompt_position"], remat=remat)  # once for all its responses
@@ -693,27 +701,17 @@ def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, ob
                           remat=remat)
         return token_logprobs(model, hidden, batch["target"], objective.temperature)
 
-    mask = batch["mask"]  # [B, T]: 1 where the target is a response token
-    logp, entropy = logprobs(theta)
-    term, ratio = surrogate(logp, batch["behaviour"], batch["advantage"][:, None], objective)
-    kl = penalty = jnp.zeros_like(logp)
-    if objective.kl_coef:
-        kl, penalty = kl_estimators(logp, jax.lax.stop_gradient(logprobs(theta_ref)[0]), ratio)
-    total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
-    sums = {"loss": -total(term - objective.kl_coef * kl) / num_rollouts, "tokens": total(1.0), "kl": total(kl),
-            "entropy": total(entropy), "ratio_mean": total(ratio), "sampler_gap": total(batch["behaviour"] - logp)}
-    # The loss that is reported has the KL's value, the one that is differentiated a term with its gradient.
-    return -total(term - objective.kl_coef * penalty) / num_rollouts, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
+    def loss(theta):  # the one reported has the KL's value, the one differentiated a term with its gradient
+        logp, entropy = logprobs(theta)
+        term, ratio = surrogate(logp, batch["behaviour"], batch["advantage"][:, None], objective)
+        kl = penalty = jnp.zeros_like(logp)
+        if objective.kl_coef:
+            kl, penalty = kl_estimators(logp, jax.lax.stop_gradient(logprobs(theta_ref)[0]), ratio)
+        sums = {"loss": -total(term - objective.kl_coef * kl) / num_rollouts, "tokens": total(1.0), "kl": total(kl),
+                "entropy": total(entropy), "ratio_mean": total(ratio), "sampler_gap": total(batch["behaviour"] - logp)}
+        return -total(term - objective.kl_coef * penalty) / num_rollouts, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
 
-
-zeros_like = jax.jit(lambda tree: laid_out(jax.tree.map(jnp.zeros_like, tree)))  # one compilation for all shapes
-
-
-@partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
-def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
-    """Add a microbatch's gradient of -J to `gradient`; also its metrics."""
-    new, metrics = jax.grad(loss_and_metrics, has_aux=True)(
-        theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat)
+    new, metrics = jax.grad(loss, has_aux=True)(theta)
     return laid_out(jax.tree.map(jnp.add, gradient, new)), metrics
 
 
@@ -722,12 +720,6 @@ def adam_step(optimizer, theta, opt_state, gradient):
     """theta <- theta + alpha * Adam(grad J)."""
     updates, opt_state = optimizer.update(gradient, opt_state, theta)
     return laid_out(optax.apply_updates(theta, updates)), laid_out(opt_state), optax.tree.norm(gradient)
-
-
-@partial(jax.jit, static_argnames="optimizer")
-def adam_init(optimizer, theta):
-    """Adam's state, its moments sharded as the weights."""
-    return laid_out(optimizer.init(theta))
 
 
 def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float):
@@ -791,30 +783,27 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
 
 
 def pack(samples: list[Sample], shape: tuple[int, int], prompt_shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """A shard of a batch: rows [B, T], and the prompts that own them, without their last tokens, with which the rows
-    begin. owner: [1, B]."""
+    """A shard of a batch: rows [B, T], and the prompts that own them (owner: [1, B]) without their last tokens, with
+    which the rows begin."""
     prompts = list(dict.fromkeys(tuple(s.prompt) for s in samples))
-    rows = [(s.prompt[-1:] + s.tokens[:-1], len(s.prompt) - 1) for s in samples]
-    batch = dict(zip(("prompt", "prompt_position"), padded([(p[:-1], 0) for p in prompts], *prompt_shape)))
-    batch |= dict(zip(("token", "position"), padded(rows, *shape)))
-    batch |= {"target": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool),
-              "owner": np.zeros((1, shape[0]), np.int32),
-              "behaviour": np.zeros(shape, np.float32), "advantage": np.zeros(shape[0], np.float32)}
+    prompt, prompt_position = padded([(p[:-1], 0) for p in prompts], *prompt_shape)
+    token, position = padded([(s.prompt[-1:] + s.tokens[:-1], len(s.prompt) - 1) for s in samples], *shape)
+    target, _ = padded([(s.tokens, 0) for s in samples], *shape)
+    mask, behaviour = np.zeros(shape, bool), np.zeros(shape, np.float32)
+    owner, advantage = np.zeros((1, shape[0]), np.int32), np.zeros(shape[0], np.float32)
     for i, s in enumerate(samples):
-        n = len(s.tokens)
-        batch["owner"][0, i], batch["advantage"][i] = prompts.index(tuple(s.prompt)), s.advantage
-        batch["target"][i, :n], batch["mask"][i, :n] = s.tokens, [p is not None for p in s.logprobs]
-        batch["behaviour"][i, :n] = [p or 0.0 for p in s.logprobs]
-    return batch
+        owner[0, i], advantage[i] = prompts.index(tuple(s.prompt)), s.advantage
+        mask[i, : len(s.tokens)] = [p is not None for p in s.logprobs]
+        behaviour[i, : len(s.tokens)] = [p or 0.0 for p in s.logprobs]
+    return dict(prompt=prompt, prompt_position=prompt_position, owner=owner, token=token, position=position,
+                target=target, mask=mask, behaviour=behaviour, advantage=advantage)
 
 
 def cheapest_remat(cfg: ModelConfig, mesh, tokens: int) -> str:
     """"linear" if the outputs of all linear maps for `tokens` tokens fit into a fifth of the memory, else "layer"."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    memory = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     width = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim + 2 * (cfg.model_dim + cfg.mlp_dim)
     used = tokens / mesh.shape["data"] * cfg.num_layers * width * jnp.dtype(cfg.dtype).itemsize
-    return "linear" if used < memory / 5 else "layer"
+    return "linear" if used < device_memory()["bytes_limit"] / 5 else "layer"
 
 # ======================================================================================================================
 # 6. Sampling: a queue of rollouts feeds the rows of a batched key/value cache. In a row, positions before the next
@@ -1082,10 +1071,8 @@ def new_cache(cfg: ModelConfig, rows: int, length: int):
     return [(empty(), empty()) for _ in range(cfg.num_layers)]
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def unstack(graphdef, theta, frozen):
-    """The layers one by one, cut out of the stack once and not in every decode step."""
-    return nnx.merge(graphdef, theta, frozen).unstacked()
+# The layers one by one, cut out of the stack once and not in every decode step.
+unstack = jax.jit(lambda graphdef, theta, frozen: nnx.merge(graphdef, theta, frozen).unstacked(), static_argnums=0)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -1388,9 +1375,8 @@ class Transformer(nnx.Module):
     def unstacked(self) -> list[Block]:
         """The layers one by one, for sampling."""
         graphdef, weights = nnx.split(self.layers)
-        def layer(i):
-            return jax.tree_util.tree_map_with_path(
-                lambda path, w: constrain(w[i], *weight_spec(f"layers/{path_name(path)}", self.cfg)[1:]), weights)
+        spec = lambda path: weight_spec(f"layers/{path_name(path)}", self.cfg)[1:]
+        layer = lambda i: jax.tree.map_with_path(lambda path, w: constrain(w[i], *spec(path)), weights)
         return [nnx.merge(graphdef, layer(i)) for i in range(self.cfg.num_layers)]
 
     def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, row_DR=None, remat=""):
@@ -1505,7 +1491,7 @@ def constrain(x, *spec):
 
 def laid_out(tree):
     """Weights, or what has their paths (a gradient, Adam's moments), constrained to their layout."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *weight_spec(path_name(path))), tree)
+    return jax.tree.map_with_path(lambda path, x: constrain(x, *weight_spec(path_name(path))), tree)
 
 
 def path_name(path) -> str:
@@ -1513,9 +1499,9 @@ def path_name(path) -> str:
     return "/".join(str(k.key) for k in path if hasattr(k, "key"))
 
 
-def weight_sharding(path: str, shape, mesh) -> jax.sharding.NamedSharding:
-    """Layout of the weight at `path` according to SHARDING."""
-    return jax.sharding.NamedSharding(mesh, fit_spec(weight_spec(path), shape, mesh))
+def weight_sharding(path: str, shape, mesh, sampler: ModelConfig | None = None) -> jax.sharding.NamedSharding:
+    """Layout of the weight at `path`, at rest or in the sampler."""
+    return jax.sharding.NamedSharding(mesh, fit_spec(weight_spec(path, sampler), shape, mesh))
 
 
 # ---- Directories in Hugging Face layout
@@ -2175,16 +2161,15 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
 
 
 def device_memory() -> dict[str, float]:
-    """What an accelerator says of its memory, in bytes (bytes_limit, bytes_in_use); on CPU there is no limit."""
-    return {"bytes_limit": math.inf, "bytes_in_use": 0} | (jax.local_devices()[0].memory_stats() or {})
+    """Bytes of a device: bytes_limit, bytes_in_use. Those that do not say, as CPUs, share this machine's memory."""
+    share = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+    return {"bytes_limit": share, "bytes_in_use": 0} | (jax.local_devices()[0].memory_stats() or {})
 
 
 def shard_bytes(tree, mesh, sampler: ModelConfig | None = None) -> int:
     """Bytes on one device of weights (or their shapes, or what has their paths), in the sampler's layout or at rest."""
-    def size(path, x):
-        spec = fit_spec(weight_spec(path_name(path), sampler), x.shape, mesh)
-        return math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
-    return sum(size(*leaf) for leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+    part = lambda path, x: weight_sharding(path_name(path), x.shape, mesh, sampler).shard_shape(x.shape)
+    return sum(math.prod(part(p, x)) * x.dtype.itemsize for p, x in jax.tree.leaves_with_path(tree))
 
 
 def fit_layout(cfg: ModelConfig, mesh, memory: float) -> ModelConfig:
@@ -2204,7 +2189,7 @@ def cache_tokens(policy: Policy, memory: dict[str, float]) -> int:
     cfg, mesh = policy.cfg, policy.mesh
     taken = 2 * shard_bytes(policy.theta, mesh) + shard_bytes((policy.frozen, policy.theta), mesh, cfg)
     free = memory["bytes_limit"] - memory["bytes_in_use"] - taken
-    return int(min(2**40, max(0.0, 0.85 * free / token_bytes(cfg, mesh))))
+    return int(max(0.0, 0.85 * free / token_bytes(cfg, mesh)))
 
 
 def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:
