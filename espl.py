@@ -689,8 +689,8 @@ adam_init = jax.jit(lambda optimizer, theta: laid_out(optimizer.init(theta)), st
 
 @partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
 def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
-    """Adds to `gradient` that of a microbatch's share of -J(theta), which is a sum over all N M B rollouts; also returns
-    (sums over its tokens, the largest ratio) for the log."""
+    """Adds to `gradient` that of a microbatch's share of -J(theta), a sum over all N M B rollouts; also returns, for the
+    log, sums over its tokens and the largest ratio."""
     mask = batch["mask"]  # [B, T]: 1 where the target is a response token
     total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
 
@@ -829,10 +829,8 @@ class Sampling(NamedTuple):
 
 @dataclass
 class Response:
-    """A sampled response. The end-of-sequence token, if it came, is part of it and is trained on.
-
-    With tools it has several turns of the model, and what the tools replied in between.
-    """
+    """A sampled response, with its end-of-sequence token, if it came: that is trained on too. With tools it has several
+    turns of the model, and what the tools replied in between."""
     tokens: list[int]
     logprobs: list[float | None]  # behaviour log-probability of each token; None: it is of a tool, nothing sampled it
     stop: str = "length"  # "length": cut by max_new_tokens or the context; "eos"; "calls": too many calls of tools
@@ -882,27 +880,23 @@ def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int],
     key = lambda g, j: np.random.SeedSequence([*sampling.seed, g, j]).generate_state(2)
     queue = deque(Row(g, p, r, key(g, j), room[g])
                   for g, p in enumerate(prompts) for j, r in enumerate(responses[g]) if room[g])
-    if queue:
-        decoder = new_decoder(policy, theta, queue)
-        stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
-        with progress(total=len(queue), desc=sampling.label) as bar:
-            while queue or decoder.parked or any(decoder.rows):
-                resize(decoder, queue)
-                admit(decoder, queue)
-                feed(decoder)
-                bar.update(decode(decoder, sampling, stop_ids, environment))
-    return responses
-
-
-def new_decoder(policy: Policy, theta, queue) -> Decoder:
-    """An empty cache for the queue's prompts, with as many rows as are needed and memory allows."""
+    if not queue:
+        return responses
     theta = jax.tree.map_with_path(  # cast once, not in every step; norms stay in float32, as in training
         lambda path, w: w if path_name(path).endswith("scale") else w.astype(policy.cfg.dtype), theta)
     weights = policy.graphdef, theta, policy.frozen
     length = cache_length(policy, max(len(row.prompt) for row in queue) + DECODE_CHUNK)
-    B = rows_for(policy, len(queue), length)
-    cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(policy.cfg, B, length)
-    return Decoder(policy, (*weights, unstack(*weights)), [None] * B, length, cache)
+    rows = rows_for(policy, len(queue), length)
+    cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(policy.cfg, rows, length)
+    decoder = Decoder(policy, (*weights, unstack(*weights)), [None] * rows, length, cache)
+    stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
+    with progress(total=len(queue), desc=sampling.label) as bar:
+        while queue or decoder.parked or any(decoder.rows):
+            resize(decoder, queue)
+            admit(decoder, queue)
+            feed(decoder)
+            bar.update(decode(decoder, sampling, stop_ids, environment))
+    return responses
 
 
 # ---- The queue. Its policy, two functions of lengths alone, is what tools/plan.py simulates.
@@ -952,20 +946,19 @@ def resize(decoder: Decoder, queue) -> None:
     live = [i for i, row in enumerate(rows) if row]
     leave, B, length = next_shape([holds(rows[i]) for i in live], [holds(row) for row in decoder.parked], len(queue),
                                   len(rows), decoder.length, partial(rows_for, policy), partial(cache_length, policy))
-    for i in (live[j] for j in leave):
-        decoder.parked.append(rows[i])
-        rows[i] = None
+    for j in leave:
+        decoder.parked.append(rows[live[j]])
+        rows[live[j]] = None
     if length > decoder.length:
         queue.extend(decoder.parked)
         decoder.parked = []
     kept = None
     if B < len(rows):  # each shard keeps its own, the live ones first
-        each = np.array_split(np.arange(len(rows)), shards)
-        order = [sorted(own, key=lambda i: rows[i] is None) for own in each]
-        queue.extend(rows[i] for own in order for i in own[B // shards:] if rows[i])
-        kept = np.array([own[: B // shards] for own in order])
-        decoder.rows = [rows[i] for i in kept.flat]
-        kept = (kept % len(each[0])).astype(np.int32)
+        each = np.arange(len(rows)).reshape(shards, -1)
+        order = np.array([sorted(own, key=lambda i: rows[i] is None) for own in each])
+        queue.extend(rows[i] for i in order[:, B // shards:].flat if rows[i])
+        decoder.rows = [rows[i] for i in order[:, : B // shards].flat]
+        kept = (order[:, : B // shards] % each.shape[1]).astype(np.int32)
     if B < len(rows) or length > decoder.length:
         for i, layer in enumerate(decoder.cache):  # one after the other, so that the cache never exists twice
             decoder.cache[i] = resize_layer(layer, kept, policy.cfg, length)
@@ -986,17 +979,13 @@ def admit(decoder: Decoder, queue) -> None:
                 source_B[i] = groups.index(row.group)
         if max(source_B) >= 0:
             decoder.cache = write_prefix(decoder.cache, decoder.prefix[1], source_B, decoder.policy.cfg)
-        if free and queue:
-            decoder.prefix = prefill_next(decoder, queue)
-
-
-def prefill_next(decoder: Decoder, queue) -> tuple:
-    """The next prompts of the queue, at most PIECE tokens of them or one, and their keys and values."""
-    prompts = {row.group: (row.prompt[:-1], 0) for row in queue if not row.response.tokens}
-    length = cache_length(decoder.policy, len(queue[0].prompt) - 1)
-    fit = list(itertools.takewhile(lambda part: len(part[0]) <= length, prompts.values()))
-    P = row_count(len(fit), max(1, PIECE // length), 1)
-    return list(prompts)[: min(len(fit), P)], prefill(*decoder.weights[:3], *padded(fit[:P], P, length))
+        if free and queue:  # the next prompts, at most PIECE tokens of them or one
+            prompts = {row.group: (row.prompt[:-1], 0) for row in queue if not row.response.tokens}
+            length = cache_length(decoder.policy, len(queue[0].prompt) - 1)
+            fit = list(itertools.takewhile(lambda part: len(part[0]) <= length, prompts.values()))
+            P = row_count(len(fit), max(1, PIECE // length), 1)
+            keys_values = prefill(*decoder.weights[:3], *padded(fit[:P], P, length))
+            decoder.prefix = list(prompts)[: len(fit[:P])], keys_values
 
 
 def feed(decoder: Decoder) -> None:
@@ -1217,15 +1206,13 @@ class ModelConfig:
 class Linear(nnx.Module):
     """y = x W + b + (alpha / R) (x A) B; A, B is the LoRA adapter, present when lora_rank > 0, and B starts at zero."""
 
-    lora_a = None
-
     def __init__(self, cfg: ModelConfig, name: str, d_in: int, d_out: int, rngs: nnx.Rngs):
+        self.cfg = cfg
         # Trained weights are kept in float32 (Adam's steps of 4e-5 vanish in bf16); frozen ones in cfg.dtype.
         dtype = jnp.dtype(cfg.dtype) if cfg.lora_rank else jnp.float32
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_in, d_out), dtype) * d_in**-0.5)
         self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if name in cfg.biased else None
         if cfg.lora_rank:
-            self.scale = cfg.lora_alpha / cfg.lora_rank
             a = jax.random.uniform(rngs.params(), (d_in, cfg.lora_rank), minval=-(d_in**-0.5), maxval=d_in**-0.5)
             self.lora_a = nnx.LoRAParam(a)
             self.lora_b = nnx.LoRAParam(jnp.zeros((cfg.lora_rank, d_out)))
@@ -1234,22 +1221,19 @@ class Linear(nnx.Module):
         y = matmul(x, self.kernel[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        if self.lora_a is not None:
-            y = y + matmul(matmul(x, self.lora_a[...]), self.lora_b[...]) * self.scale
+        if R := self.cfg.lora_rank:
+            y = y + matmul(matmul(x, self.lora_a[...]), self.lora_b[...]) * (self.cfg.lora_alpha / R)
         return checkpoint_name(y, "linear")
 
 
 @jax.custom_vjp
 def matmul(x, w):
-    """x W in x's precision, with W's gradient in W's own: it is summed over tokens and devices before it is rounded.
-
-    The smaller of x and g is transposed for x^T g: XLA on CPUs copies it first.
-    """
+    """x W in x's precision, with W's gradient in W's own: it is summed over tokens and devices before it is rounded."""
     return x @ w.astype(x.dtype)
 
 
 def matmul_backward(saved, g):
-    """(g W^T, x^T g), the latter of shape [a, b] for x [..., a] and g [..., b]."""
+    """(g W^T, x^T g). The smaller of x and g is transposed for the latter: XLA on CPUs copies it first."""
     x, w = saved
     wide = w.shape[1] >= w.shape[0]
     dw = jnp.einsum("...a,...b->ab", *((x, g) if wide else (g, x)), preferred_element_type=w.dtype)
@@ -1369,8 +1353,7 @@ class Transformer(nnx.Module):
         if not cfg.tied:
             self.lm_head = table()
         self.final_norm = RMSNorm(cfg, cfg.model_dim)
-        stack = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r), in_axes=0, out_axes=0))
-        self.layers = stack(rngs)
+        self.layers = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r)))(rngs)
 
     def unstacked(self) -> list[Block]:
         """The layers one by one, for sampling."""
@@ -1380,22 +1363,19 @@ class Transformer(nnx.Module):
         return [nnx.merge(graphdef, layer(i)) for i in range(self.cfg.num_layers)]
 
     def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, row_DR=None, remat=""):
-        """Final hidden states [B, T, D], and these tokens' keys and values.
+        """Final hidden states [B, T, D], and these tokens' keys and values, stacked: [L, B, K, T, H].
 
         Padding, left or right, is any token at PAD_POSITION. Queries see the given tokens and either of
           prefix: (what an earlier call on prompts returned, their positions [prompts, S], the prompt of each row,
             counted within its shard [shards, rows]);
-          cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned;
-            row_DR: only these of its rows, counted within their shard, are in the batch.
-        With a cache the layers (what `unstacked` returned, if given) are called in a loop, as in a scan every step would
-        copy each layer's weights and cache. Without one the keys and values are returned stacked, [L, B, K, T, H].
-        remat: what the backward pass computes again, "" nothing, "layer" all of a layer, "linear" all but the outputs
-        of its linear maps.
+          cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned.
+            row_DR: only these of its rows, counted within their shard, are in the batch. The layers (what `unstacked`
+            returned, if given) are called in a loop: a scan would copy each one's weights and cache in every step.
+        remat: the backward pass computes again nothing (""), all of a layer ("layer"), or all but its linear maps.
         """
         cfg = self.cfg
         spread = lambda x: constrain(x, None if cache and cfg.split_length else "data", None, None)
-        x_BTD = self.embed[...][token_BT].astype(cfg.dtype) * jnp.asarray(cfg.embedding_scale, cfg.dtype)
-        x_BTD = spread(x_BTD)
+        x_BTD = spread(self.embed[...][token_BT].astype(cfg.dtype) * jnp.asarray(cfg.embedding_scale, cfg.dtype))
         angle = position_BT[None, :, :, None] * jnp.array(cfg.rope_frequencies, jnp.float32)[:, None, None, :]
         cos, sin = jnp.cos(angle).astype(cfg.dtype), jnp.sin(angle).astype(cfg.dtype)  # [kinds, B, T, H/2]
         if cache is not None:
@@ -1553,10 +1533,9 @@ def read_model_config(directory: str, dtype: str = "float32", lora_rank: int = 0
     types = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     rope = hf.rope_parameters if "full_attention" in hf.rope_parameters else {t: hf.rope_parameters for t in types}
     kinds = sorted(set(types))
-    biased = {"q_proj", "k_proj", "v_proj"} if hf.model_type == "qwen2" else set()
-    if getattr(hf, "attention_bias", False) and hf.model_type != "qwen2":
-        biased = {"q_proj", "k_proj", "v_proj", "o_proj"}
-    biased |= {"gate_proj", "up_proj", "down_proj"} if getattr(hf, "mlp_bias", False) else set()
+    biased = {"gate_proj", "up_proj", "down_proj"} if getattr(hf, "mlp_bias", False) else set()
+    if hf.model_type == "qwen2" or getattr(hf, "attention_bias", False):
+        biased |= {"q_proj", "k_proj", "v_proj"} | ({"o_proj"} if hf.model_type != "qwen2" else set())
     return ModelConfig(
         num_layers=hf.num_hidden_layers, model_dim=hf.hidden_size, mlp_dim=hf.intermediate_size,
         num_heads=hf.num_attention_heads, num_kv_heads=hf.num_key_value_heads, head_dim=H, vocab_size=hf.vocab_size,
@@ -1584,8 +1563,11 @@ def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
     return ids
 
 
-def open_checkpoint(directory: str) -> dict[str, Any]:
-    """{name: lazy safetensors slice} of the text model's tensors in a directory, names without `model.` prefixes."""
+def open_checkpoint(directory: str, named: list[tuple[str, Any]], cfg: ModelConfig) -> dict[str, Any]:
+    """{name: lazy safetensors slice} of the text model's tensors in a directory, names without `model.` prefixes.
+
+    Raises UserError naming the first tensor that is missing, too many, or of another shape than our weights imply.
+    """
     from safetensors import safe_open
     tensors = {}
     for file in sorted(Path(directory).glob("*.safetensors")):
@@ -1596,6 +1578,16 @@ def open_checkpoint(directory: str) -> dict[str, Any]:
                 tensors[re.sub(r"^(model\.|language_model\.)+", "", name)] = handle.get_slice(name)
     if not tensors:
         raise UserError(f"no *.safetensors in {directory}; convert the checkpoint to safetensors first")
+    found = {name: tuple(t.get_shape()) for name, t in tensors.items()}
+    if cfg.tied and found.pop("lm_head.weight", None) and not np.array_equal(  # some checkpoints hold it twice
+            tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
+        raise UserError("lm_head.weight is not embed_tokens.weight; set tie_word_embeddings: false in config.json")
+    implied = {name: leaf.shape[path.startswith("layers/"):][:: -1 if path.endswith("kernel") else 1]
+               for path, leaf in named for name in tensor_names(path, cfg)}  # torch keeps [out, in]
+    for name in sorted(found.keys() | implied.keys()):
+        if found.get(name) != implied.get(name):
+            raise UserError(f"tensor {name!r} is {found.get(name, 'missing')} in the checkpoint, config.json implies "
+                            f"{implied.get(name, 'none')}; are config.json and all its safetensors files there?")
     return tensors
 
 
@@ -1613,11 +1605,9 @@ def tensor_names(path: str, cfg: ModelConfig) -> list[str]:
 
 
 def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh):
-    """One weight as a sharded array; only the slices that each device holds are read."""
-    sharding, names = weight_sharding(path, leaf.shape, mesh), tensor_names(path, cfg)
+    """One weight as a sharded array. Only the slices that devices hold are read, each once, however many hold it."""
+    names, shards = tensor_names(path, cfg), {}
     transposed, stacked = path.endswith("kernel"), path.startswith("layers/")  # torch keeps [out, in]
-
-    shards = {}  # each is read once, however many devices hold it
 
     def read(index):  # index: for every axis of the stacked weight, the slice that one device holds
         if (key := str(index)) not in shards:
@@ -1627,7 +1617,7 @@ def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh
             shards[key] = (np.stack(parts) if stacked else parts[0]).astype(leaf.dtype)
         return shards[key]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, read)
+    return jax.make_array_from_callback(leaf.shape, weight_sharding(path, leaf.shape, mesh), read)
 
 
 @dataclass
@@ -1659,33 +1649,14 @@ def make_policy(model: Transformer, mesh) -> Policy:
 
 def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy:
     """The checkpoint's weights on the mesh, with a fresh adapter. Errors (UserError) name the tensor."""
-    tensors = open_checkpoint(directory)
     make = lambda: nnx.split(Transformer(cfg, nnx.Rngs(seed)), nnx.LoRAParam, ...)
-    graphdef, adapter, shapes = jax.eval_shape(make)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    graphdef, _, shapes = jax.eval_shape(make)
+    leaves, treedef = jax.tree.flatten_with_path(shapes)
     named = [(path_name(path), leaf) for path, leaf in leaves]
-    check_tensors(tensors, named, cfg)
+    tensors = open_checkpoint(directory, named, cfg)
     weights = [load_weight(*item, tensors, cfg, mesh) for item in progress(named, desc="loading weights")]
-    layout = jax.tree_util.tree_map_with_path(lambda p, x: weight_sharding(path_name(p), x.shape, mesh), adapter)
-    adapter = jax.jit(lambda: make()[1], out_shardings=layout)()  # of the random model, only the adapter is computed
-    return make_policy(nnx.merge(graphdef, adapter, jax.tree_util.tree_unflatten(treedef, weights)), mesh)
-
-
-def check_tensors(tensors: dict[str, Any], named: list[tuple[str, Any]], cfg: ModelConfig) -> None:
-    """Raises UserError naming the first tensor that is missing, too many, or of another shape than cfg implies."""
-    found = {name: tuple(t.get_shape()) for name, t in tensors.items()}
-    if cfg.tied and found.pop("lm_head.weight", None) and not np.array_equal(  # some checkpoints hold it twice
-            tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
-        raise UserError("lm_head.weight is not embed_tokens.weight; set tie_word_embeddings: false in config.json")
-    implied = {}  # shapes as torch keeps them
-    for path, leaf in named:
-        shape = leaf.shape[path.startswith("layers/"):]
-        implied |= dict.fromkeys(tensor_names(path, cfg), shape[::-1] if path.endswith("kernel") else shape)
-    for name in sorted(found.keys() | implied.keys()):
-        if found.get(name) != implied.get(name):
-            raise UserError(f"tensor {name!r} is {found.get(name, 'missing')} in the checkpoint, config.json implies "
-                            f"{implied.get(name, 'none')}; are config.json and all its safetensors files there?")
-
+    adapter = jax.jit(lambda: laid_out(make()[1]))()  # of the random model, only the adapter is computed
+    return make_policy(nnx.merge(graphdef, adapter, jax.tree.unflatten(treedef, weights)), mesh)
 
 # ======================================================================================================================
 # 8. Tasks: problems, words for the model, tools and reward. A task is a file in tasks/; the mathematical ones are here.
@@ -2146,7 +2117,8 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
     mesh = make_mesh(c.model_parallel)
     directory = find_model(c.model)
     dtype = c.dtype if c.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    cfg = fit_layout(read_model_config(directory, dtype, c.lora_rank, c.lora_alpha), mesh, device_memory()["bytes_limit"])
+    cfg = read_model_config(directory, dtype, c.lora_rank, c.lora_alpha)
+    cfg = fit_layout(cfg, mesh, device_memory()["bytes_limit"])
     with explained(f"cannot read the tokenizer in {directory}"):
         tokenizer = AutoTokenizer.from_pretrained(directory)
     if c.context > cfg.max_context:
@@ -2173,7 +2145,7 @@ def shard_bytes(tree, mesh, sampler: ModelConfig | None = None) -> int:
 
 
 def fit_layout(cfg: ModelConfig, mesh, memory: float) -> ModelConfig:
-    """Decides split_length: if whole layers on each device along data took more than two fifths of its memory, bytes."""
+    """Decides split_length: whether whole layers on each device along data would take over two fifths of its memory."""
     weights = jax.eval_shape(lambda: nnx.state(Transformer(cfg, nnx.Rngs(0))))
     return dataclasses.replace(cfg, split_length=shard_bytes(weights, mesh, cfg) > 0.4 * memory)
 
@@ -2185,7 +2157,7 @@ def token_bytes(cfg: ModelConfig, mesh) -> float:
 
 
 def cache_tokens(policy: Policy, memory: dict[str, float]) -> int:
-    """Tokens of cache that fit: 85 % of what weights, Adam's moments and the layers in the sampler's form leave free."""
+    """Tokens of cache that fit: 85 % of what weights, Adam's moments and the layers in the sampler's form leave."""
     cfg, mesh = policy.cfg, policy.mesh
     taken = 2 * shard_bytes(policy.theta, mesh) + shard_bytes((policy.frozen, policy.theta), mesh, cfg)
     free = memory["bytes_limit"] - memory["bytes_in_use"] - taken

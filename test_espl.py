@@ -1104,8 +1104,8 @@ def test_plan_agrees_with_a_real_run(tmp_path, monkeypatch):
         for step, name in dict(prefill="prefill", write="write_prefix", extend="extend", grow="resize_layer",
                                decode="decode_chunk", add_gradient="add_gradient", adam_step="adam_step").items():
             watch(step, name)
-        new_decoder = espl.new_decoder
-        monkeypatch.setattr(espl, "new_decoder", lambda *args: decoders.append(new_decoder(*args)) or decoders[-1])
+        decoder = espl.Decoder
+        monkeypatch.setattr(espl, "Decoder", lambda *args: decoders.append(decoder(*args)) or decoders[-1])
         sizes = {"weights": on_device(policy.frozen), "adapter": on_device(policy.theta),
                  "first value": on_device(policy.theta_ref), "moments": on_device(trainer.opt_state)}
         replied = []  # a tool's reply to each response, once
