@@ -887,8 +887,8 @@ def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int],
     weights = policy.graphdef, theta, policy.frozen
     length = cache_length(policy, max(len(row.prompt) for row in queue) + DECODE_CHUNK)
     rows = rows_for(policy, len(queue), length)
-    cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(policy.cfg, rows, length)
-    decoder = Decoder(policy, (*weights, unstack(*weights)), [None] * rows, length, cache)
+    layers, cache = unstack(*weights), new_cache(policy.cfg, rows, length)
+    decoder = Decoder(policy, (*weights, layers), [None] * rows, length, cache)
     stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
     with progress(total=len(queue), desc=sampling.label) as bar:
         while queue or decoder.parked or any(decoder.rows):
@@ -1054,14 +1054,21 @@ def padded(parts: list[tuple[list[int], int]], rows: int, length: int):
     return ids, at
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def new_cache(cfg: ModelConfig, rows: int, length: int):
     """Empty cache of `rows` sequences of up to `length` tokens: keys and values [B, K, S, H] for each layer."""
     empty = lambda: constrain(jnp.zeros((rows, cfg.num_kv_heads, length, cfg.head_dim), cfg.dtype), *cache_spec(cfg))
     return [(empty(), empty()) for _ in range(cfg.num_layers)]
 
 
-# The layers one by one, cut out of the stack once and not in every decode step.
-unstack = jax.jit(lambda graphdef, theta, frozen: nnx.merge(graphdef, theta, frozen).unstacked(), static_argnums=0)
+@partial(jax.jit, static_argnames="graphdef")
+def unstack(graphdef, theta, frozen):
+    """The layers one by one, cut out of the stack once and not in every decode step."""
+    model = nnx.merge(graphdef, theta, frozen)
+    layer, weights = nnx.split(model.layers)
+    spec = lambda path: weight_spec(f"layers/{path_name(path)}", model.cfg)[1:]
+    cut = lambda i: jax.tree.map_with_path(lambda path, w: constrain(w[i], *spec(path)), weights)
+    return [nnx.merge(layer, cut(i)) for i in range(model.cfg.num_layers)]
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -1355,13 +1362,6 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(cfg, cfg.model_dim)
         self.layers = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r)))(rngs)
 
-    def unstacked(self) -> list[Block]:
-        """The layers one by one, for sampling."""
-        graphdef, weights = nnx.split(self.layers)
-        spec = lambda path: weight_spec(f"layers/{path_name(path)}", self.cfg)[1:]
-        layer = lambda i: jax.tree.map_with_path(lambda path, w: constrain(w[i], *spec(path)), weights)
-        return [nnx.merge(graphdef, layer(i)) for i in range(self.cfg.num_layers)]
-
     def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, row_DR=None, remat=""):
         """Final hidden states [B, T, D], and these tokens' keys and values, stacked: [L, B, K, T, H].
 
@@ -1369,8 +1369,8 @@ class Transformer(nnx.Module):
           prefix: (what an earlier call on prompts returned, their positions [prompts, S], the prompt of each row,
             counted within its shard [shards, rows]);
           cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned.
-            row_DR: only these of its rows, counted within their shard, are in the batch. The layers (what `unstacked`
-            returned, if given) are called in a loop: a scan would copy each one's weights and cache in every step.
+            row_DR: only these of its rows, counted within their shard, are in the batch. The layers, as `unstack`
+            returned them, are called in a loop: a scan would copy each one's weights and cache in every step.
         remat: the backward pass computes again nothing (""), all of a layer ("layer"), or all but its linear maps.
         """
         cfg = self.cfg
@@ -1380,7 +1380,7 @@ class Transformer(nnx.Module):
         cos, sin = jnp.cos(angle).astype(cfg.dtype), jnp.sin(angle).astype(cfg.dtype)  # [kinds, B, T, H/2]
         if cache is not None:
             keys_values = []
-            for block, rope, window, old in zip(layers or self.unstacked(), cfg.layer_rope, cfg.layer_window, cache):
+            for block, rope, window, old in zip(layers, cfg.layer_rope, cfg.layer_window, cache):
                 x_BTD, new = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old, row_DR=row_DR)
                 x_BTD = spread(x_BTD)
                 keys_values.append(new)

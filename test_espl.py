@@ -146,7 +146,8 @@ def reference(torch, model, tokens=TOKENS, real=REAL):
 @partial(jax.jit, static_argnames="graphdef")
 def forward(graphdef, theta, frozen, tokens, positions, cache=None):
     model = nnx.merge(graphdef, theta, frozen)
-    hidden, cache = model(tokens, positions, cache=cache)
+    layers = espl.unstack(graphdef, theta, frozen) if cache else None
+    hidden, cache = model(tokens, positions, cache=cache, layers=layers)
     return model.logits(hidden), cache
 
 
@@ -1000,7 +1001,7 @@ def sampling_steps(policy, rows=16, length=256):
     """{name: (function, arguments)} of all that touches the cache, on the current mesh."""
     ints = lambda *shape: np.zeros(shape, np.int32)
     weights = policy.graphdef, policy.theta, policy.frozen
-    cache = jax.jit(espl.new_cache, static_argnums=(0, 1, 2))(policy.cfg, rows, length)
+    cache = espl.new_cache(policy.cfg, rows, length)
     prefix, layers = espl.prefill(*weights, ints(4, 128), ints(4, 128)), espl.unstack(*weights)
     D = espl.row_shards(policy.cfg)
     return {

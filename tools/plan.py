@@ -121,8 +121,7 @@ def steps(build, cfg, mesh, rows: int, length: int, microbatch_tokens: int, memo
     weights = graphdef, cast, frozen
     layers = build("unstack", espl.unstack, weights, always, layout=alone)
     sampling = always, cast
-    empty = jax.jit(espl.new_cache, static_argnums=(0, 1, 2))
-    cache = build("new cache", empty, (cfg, rows, length), (sampling, layers))
+    cache = build("new cache", espl.new_cache, (cfg, rows, length), (sampling, layers))
     few = max(1, espl.PIECE // length), length
     prefix = build("prefill", espl.prefill, (*weights, host(*few), host(*few)), (sampling, layers, cache), per_row=1)
     cache = build("write", espl.write_prefix, (cache, prefix, host(rows), cfg), (sampling, layers), per_row=1)
