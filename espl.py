@@ -684,13 +684,13 @@ def kl_estimators(logp, ref_logp, ratio):
 
 
 zeros_like = jax.jit(lambda tree: laid_out(jax.tree.map(jnp.zeros_like, tree)))  # one compilation for all shapes
-adam_init = jax.jit(lambda optimizer, theta: laid_out(optimizer.init(theta)), static_argnums=0)
+adam_init = jax.jit(lambda optimizer, theta: laid_out(optimizer.init(theta)), static_argnums=0)  # moments: as weights
 
 
 @partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
 def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
-    """Adds to `gradient` that of a microbatch's share of -J(theta), a sum over all N M B rollouts; also returns, for the
-    log, sums over its tokens and the largest ratio."""
+    """Adds to `gradient` that of a microbatch's share of -J(theta), a sum over all N M B rollouts. Also for the log: sums
+    over its tokens, and the largest ratio."""
     mask = batch["mask"]  # [B, T]: 1 where the target is a response token
     total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
 
@@ -783,8 +783,7 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
 
 
 def pack(samples: list[Sample], shape: tuple[int, int], prompt_shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """A shard of a batch: rows [B, T], and the prompts that own them (owner: [1, B]) without their last tokens, with
-    which the rows begin."""
+    """A shard of a batch: rows [B, T], and the prompts, but for their last tokens, that own them (owner: [1, B])."""
     prompts = list(dict.fromkeys(tuple(s.prompt) for s in samples))
     prompt, prompt_position = padded([(p[:-1], 0) for p in prompts], *prompt_shape)
     token, position = padded([(s.prompt[-1:] + s.tokens[:-1], len(s.prompt) - 1) for s in samples], *shape)
@@ -1009,8 +1008,7 @@ def feed(decoder: Decoder) -> None:
 
 
 def decode(decoder: Decoder, sampling: Sampling, stop_ids, environment) -> int:
-    """Up to DECODE_CHUNK steps of all rows. Adds what was sampled to the responses; rollouts that ended leave their
-    rows. Returns how many did."""
+    """Up to DECODE_CHUNK steps; what was sampled joins the responses. Returns how many ended and left their rows."""
     states = [((row.response.tokens or row.prompt)[-1], row.position, row.room - len(row.response.tokens), row.key)
               if row else (0, 0, 0, np.zeros(2, np.uint32)) for row in decoder.rows]
     decoder.cache, *sampled = decode_chunk(*decoder.weights, decoder.cache, *map(np.array, zip(*states)), stop_ids,
@@ -1340,8 +1338,7 @@ def take_rows(x, row_DR):
 
 
 def write_tokens(cache_BKSH, x_RKTH, position_RT, row_DR):
-    """The cache with a token at position p there, in those rows of each of D shards; padding (a position >= S, a row
-    beyond the last) is dropped."""
+    """The cache with tokens at their positions in these rows of each of D shards. What lies beyond it is dropped."""
     def write(cache, x, position, row):
         return cache.at[row[:, None, None], jnp.arange(x.shape[1])[:, None], position[:, None]].set(x, mode="drop")
 
