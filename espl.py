@@ -689,8 +689,8 @@ adam_init = jax.jit(lambda optimizer, theta: laid_out(optimizer.init(theta)), st
 
 @partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
 def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
-    """Adds to `gradient` that of a microbatch's share of -J(theta), a sum over all N M B rollouts. Also for the log: sums
-    over its tokens, and the largest ratio."""
+    """Adds to `gradient` that of a microbatch's share of -J(theta), a sum over all N M B rollouts. Also for the log:
+    sums over its tokens, and the largest ratio."""
     mask = batch["mask"]  # [B, T]: 1 where the target is a response token
     total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
 
