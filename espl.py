@@ -45,6 +45,7 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -603,8 +604,7 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
 # ======================================================================================================================
 
 
-@dataclass(frozen=True)
-class Objective:
+class Objective(NamedTuple):
     """The surrogate that the update maximises. Hashable: one compilation for each."""
     loss: str = "importance_sampling"
     temperature: float = 1.0  # of the sampler: log-probabilities are those of the tempered policy
@@ -645,7 +645,7 @@ def rl_update(trainer: Trainer, samples: list[Sample], num_rollouts: int) -> dic
     batches = list(microbatches(samples, trainer.max_tokens, policy.mesh.shape["data"]))
     remat = cheapest_remat(policy.cfg, policy.mesh, trainer.max_tokens)
     for batch in progress(batches, desc="updating"):
-        batch = {n: jax.device_put(x, jax.sharding.NamedSharding(policy.mesh, P("data"))) for n, x in batch.items()}
+        batch = jax.device_put(batch, jax.sharding.NamedSharding(policy.mesh, P("data")))
         gradient, metrics = add_gradient(gradient, policy.theta, policy.theta_ref, policy.graphdef, policy.frozen,
                                          batch, num_rollouts, objective, remat)
         sums.append(metrics)
@@ -683,8 +683,17 @@ def kl_estimators(logp, ref_logp, ratio):
     return jnp.exp(-log_ratio) + log_ratio - 1, jax.lax.stop_gradient(ratio) * 0.5 * log_ratio**2
 
 
-def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective: Objective, remat: str):
-    """-J(theta) of one microbatch (its share of the sum over all N M B rollouts) and sums for the log."""
+zeros_like = jax.jit(lambda tree: laid_out(jax.tree.map(jnp.zeros_like, tree)))  # one compilation for all shapes
+adam_init = jax.jit(lambda optimizer, theta: laid_out(optimizer.init(theta)), static_argnums=0)  # moments: as weights
+
+
+@partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
+def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
+    """Adds to `gradient` that of a microbatch's share of -J(theta), a sum over all N M B rollouts. Also for the log:
+    sums over its tokens, and the largest ratio."""
+    mask = batch["mask"]  # [B, T]: 1 where the target is a response token
+    total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
+
     def logprobs(theta):
         model = nnx.merge(graphdef, theta, frozen)
         _, keys_values = model(batch["prompt"], batch["prompt_position"], remat=remat)  # once for all its responses
@@ -692,27 +701,17 @@ def loss_and_metrics(theta, theta_ref, graphdef, frozen, batch, num_rollouts, ob
                           remat=remat)
         return token_logprobs(model, hidden, batch["target"], objective.temperature)
 
-    mask = batch["mask"]  # [B, T]: 1 where the target is a response token
-    logp, entropy = logprobs(theta)
-    term, ratio = surrogate(logp, batch["behaviour"], batch["advantage"][:, None], objective)
-    kl = penalty = jnp.zeros_like(logp)
-    if objective.kl_coef:
-        kl, penalty = kl_estimators(logp, jax.lax.stop_gradient(logprobs(theta_ref)[0]), ratio)
-    total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
-    sums = {"loss": -total(term - objective.kl_coef * kl) / num_rollouts, "tokens": total(1.0), "kl": total(kl),
-            "entropy": total(entropy), "ratio_mean": total(ratio), "sampler_gap": total(batch["behaviour"] - logp)}
-    # The loss that is reported has the KL's value, the one that is differentiated a term with its gradient.
-    return -total(term - objective.kl_coef * penalty) / num_rollouts, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
+    def loss(theta):  # the one reported has the KL's value, the one differentiated a term with its gradient
+        logp, entropy = logprobs(theta)
+        term, ratio = surrogate(logp, batch["behaviour"], batch["advantage"][:, None], objective)
+        kl = penalty = jnp.zeros_like(logp)
+        if objective.kl_coef:
+            kl, penalty = kl_estimators(logp, jax.lax.stop_gradient(logprobs(theta_ref)[0]), ratio)
+        sums = {"loss": -total(term - objective.kl_coef * kl) / num_rollouts, "tokens": total(1.0), "kl": total(kl),
+                "entropy": total(entropy), "ratio_mean": total(ratio), "sampler_gap": total(batch["behaviour"] - logp)}
+        return -total(term - objective.kl_coef * penalty) / num_rollouts, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
 
-
-zeros_like = jax.jit(lambda tree: laid_out(jax.tree.map(jnp.zeros_like, tree)))  # one compilation for all shapes
-
-
-@partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
-def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
-    """Add a microbatch's gradient of -J to `gradient`; also its metrics."""
-    new, metrics = jax.grad(loss_and_metrics, has_aux=True)(
-        theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat)
+    new, metrics = jax.grad(loss, has_aux=True)(theta)
     return laid_out(jax.tree.map(jnp.add, gradient, new)), metrics
 
 
@@ -721,12 +720,6 @@ def adam_step(optimizer, theta, opt_state, gradient):
     """theta <- theta + alpha * Adam(grad J)."""
     updates, opt_state = optimizer.update(gradient, opt_state, theta)
     return laid_out(optax.apply_updates(theta, updates)), laid_out(opt_state), optax.tree.norm(gradient)
-
-
-@partial(jax.jit, static_argnames="optimizer")
-def adam_init(optimizer, theta):
-    """Adam's state, its moments sharded as the weights."""
-    return laid_out(optimizer.init(theta))
 
 
 def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float):
@@ -790,30 +783,26 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
 
 
 def pack(samples: list[Sample], shape: tuple[int, int], prompt_shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """A shard of a batch: rows [B, T], and the prompts that own them, without their last tokens, with which the rows
-    begin. owner: [1, B]."""
+    """A shard of a batch: rows [B, T], and the prompts, but for their last tokens, that own them (owner: [1, B])."""
     prompts = list(dict.fromkeys(tuple(s.prompt) for s in samples))
-    rows = [(s.prompt[-1:] + s.tokens[:-1], len(s.prompt) - 1) for s in samples]
-    batch = dict(zip(("prompt", "prompt_position"), padded([(p[:-1], 0) for p in prompts], *prompt_shape)))
-    batch |= dict(zip(("token", "position"), padded(rows, *shape)))
-    batch |= {"target": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool),
-              "owner": np.zeros((1, shape[0]), np.int32),
-              "behaviour": np.zeros(shape, np.float32), "advantage": np.zeros(shape[0], np.float32)}
+    prompt, prompt_position = padded([(p[:-1], 0) for p in prompts], *prompt_shape)
+    token, position = padded([(s.prompt[-1:] + s.tokens[:-1], len(s.prompt) - 1) for s in samples], *shape)
+    target, _ = padded([(s.tokens, 0) for s in samples], *shape)
+    mask, behaviour = np.zeros(shape, bool), np.zeros(shape, np.float32)
+    owner, advantage = np.zeros((1, shape[0]), np.int32), np.zeros(shape[0], np.float32)
     for i, s in enumerate(samples):
-        n = len(s.tokens)
-        batch["owner"][0, i], batch["advantage"][i] = prompts.index(tuple(s.prompt)), s.advantage
-        batch["target"][i, :n], batch["mask"][i, :n] = s.tokens, [p is not None for p in s.logprobs]
-        batch["behaviour"][i, :n] = [p or 0.0 for p in s.logprobs]
-    return batch
+        owner[0, i], advantage[i] = prompts.index(tuple(s.prompt)), s.advantage
+        mask[i, : len(s.tokens)] = [p is not None for p in s.logprobs]
+        behaviour[i, : len(s.tokens)] = [p or 0.0 for p in s.logprobs]
+    return dict(prompt=prompt, prompt_position=prompt_position, owner=owner, token=token, position=position,
+                target=target, mask=mask, behaviour=behaviour, advantage=advantage)
 
 
 def cheapest_remat(cfg: ModelConfig, mesh, tokens: int) -> str:
     """"linear" if the outputs of all linear maps for `tokens` tokens fit into a fifth of the memory, else "layer"."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    memory = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     width = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim + 2 * (cfg.model_dim + cfg.mlp_dim)
     used = tokens / mesh.shape["data"] * cfg.num_layers * width * jnp.dtype(cfg.dtype).itemsize
-    return "linear" if used < memory / 5 else "layer"
+    return "linear" if used < device_memory()["bytes_limit"] / 5 else "layer"
 
 # ======================================================================================================================
 # 6. Sampling: a queue of rollouts feeds the rows of a batched key/value cache. In a row, positions before the next
@@ -839,10 +828,8 @@ class Sampling(NamedTuple):
 
 @dataclass
 class Response:
-    """A sampled response. The end-of-sequence token, if it came, is part of it and is trained on.
-
-    With tools it has several turns of the model, and what the tools replied in between.
-    """
+    """A sampled response, with its end-of-sequence token, if it came: that is trained on too. With tools it has several
+    turns of the model, and what the tools replied in between."""
     tokens: list[int]
     logprobs: list[float | None]  # behaviour log-probability of each token; None: it is of a tool, nothing sampled it
     stop: str = "length"  # "length": cut by max_new_tokens or the context; "eos"; "calls": too many calls of tools
@@ -854,14 +841,15 @@ class Response:
 class Row:
     """A rollout on its way through the cache."""
     group: int            # the index of its prompt
+    prompt: list[int]
     response: Response
     key: np.ndarray       # its own random key, uint32[2]
-    start: int            # position of the response's first token
     room: int             # most tokens of the response
-    token: int            # the next token to feed
-    position: int         # and its position
-    remaining: int        # how many it may still sample; 0 after an end token
-    reply: list[int] = field(default_factory=list)  # tokens before `token` that are not in the cache yet, as a tool's
+    reply: list[int] = field(default_factory=list)  # tokens before the last that are not in the cache yet, as a tool's
+
+    @property
+    def position(self) -> int:  # of its last token, the next to feed
+        return len(self.prompt) + len(self.response.tokens) - 1
 
 
 @dataclass
@@ -869,7 +857,6 @@ class Decoder:
     """The cache, the rollouts that own its rows (None: free), and the weights in the form that decoding takes."""
     policy: Policy
     weights: tuple        # graphdef, theta, frozen; and the model's layers, one by one
-    prompts: list[list[int]]
     rows: list[Row | None]
     length: int           # tokens that a row may hold now
     cache: list           # keys and values [B, K, S, H] for each layer
@@ -890,29 +877,25 @@ def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int],
     room = [max(0, min(sampling.max_new_tokens, policy.context - len(p))) for p in prompts]
     responses = [[Response([], []) for _ in range(n)] for n in counts]
     key = lambda g, j: np.random.SeedSequence([*sampling.seed, g, j]).generate_state(2)
-    queue = deque(Row(g, r, key(g, j), len(p), room[g], p[-1], len(p) - 1, room[g])
+    queue = deque(Row(g, p, r, key(g, j), room[g])
                   for g, p in enumerate(prompts) for j, r in enumerate(responses[g]) if room[g])
-    if queue:
-        decoder = new_decoder(policy, theta, prompts, queue)
-        stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
-        with progress(total=len(queue), desc=sampling.label) as bar:
-            while queue or decoder.parked or any(decoder.rows):
-                resize(decoder, queue)
-                admit(decoder, queue)
-                feed(decoder)
-                bar.update(collect(decoder, *decode(decoder, sampling, stop_ids), environment))
-    return responses
-
-
-def new_decoder(policy: Policy, theta, prompts: list[list[int]], queue) -> Decoder:
-    """An empty cache for the queue's prompts, with as many rows as are needed and memory allows."""
-    theta = jax.tree_util.tree_map_with_path(  # cast once, not in every step; norms stay in float32, as in training
+    if not queue:
+        return responses
+    theta = jax.tree.map_with_path(  # cast once, not in every step; norms stay in float32, as in training
         lambda path, w: w if path_name(path).endswith("scale") else w.astype(policy.cfg.dtype), theta)
     weights = policy.graphdef, theta, policy.frozen
-    length = cache_length(policy, max(row.start for row in queue) + DECODE_CHUNK)
-    B = rows_for(policy, len(queue), length)
-    cache = jax.jit(new_cache, static_argnums=(0, 1, 2))(policy.cfg, B, length)
-    return Decoder(policy, (*weights, unstack(*weights)), prompts, [None] * B, length, cache)
+    length = cache_length(policy, max(len(row.prompt) for row in queue) + DECODE_CHUNK)
+    rows = rows_for(policy, len(queue), length)
+    layers, cache = unstack(*weights), new_cache(policy.cfg, rows, length)
+    decoder = Decoder(policy, (*weights, layers), [None] * rows, length, cache)
+    stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
+    with progress(total=len(queue), desc=sampling.label) as bar:
+        while queue or decoder.parked or any(decoder.rows):
+            resize(decoder, queue)
+            admit(decoder, queue)
+            feed(decoder)
+            bar.update(decode(decoder, sampling, stop_ids, environment))
+    return responses
 
 
 # ---- The queue. Its policy, two functions of lengths alone, is what tools/plan.py simulates.
@@ -958,24 +941,23 @@ def next_shape(live: list[int], parked: list[int], waiting: int, rows: int, leng
 def resize(decoder: Decoder, queue) -> None:
     """Gives the cache its next shape; when it gets longer, those put aside come back into the queue."""
     policy, rows, shards = decoder.policy, decoder.rows, row_shards(decoder.policy.cfg)
-    holds = lambda row: min(row.position + DECODE_CHUNK, row.start + row.room)
+    holds = lambda row: min(row.position + DECODE_CHUNK, len(row.prompt) + row.room)
     live = [i for i, row in enumerate(rows) if row]
     leave, B, length = next_shape([holds(rows[i]) for i in live], [holds(row) for row in decoder.parked], len(queue),
                                   len(rows), decoder.length, partial(rows_for, policy), partial(cache_length, policy))
-    for i in (live[j] for j in leave):
-        decoder.parked.append(rows[i])
-        rows[i] = None
+    for j in leave:
+        decoder.parked.append(rows[live[j]])
+        rows[live[j]] = None
     if length > decoder.length:
         queue.extend(decoder.parked)
         decoder.parked = []
     kept = None
     if B < len(rows):  # each shard keeps its own, the live ones first
-        each = np.array_split(np.arange(len(rows)), shards)
-        order = [sorted(own, key=lambda i: rows[i] is None) for own in each]
-        queue.extend(rows[i] for own in order for i in own[B // shards:] if rows[i])
-        kept = np.array([own[: B // shards] for own in order])
-        decoder.rows = [rows[i] for i in kept.flat]
-        kept = (kept % len(each[0])).astype(np.int32)
+        each = np.arange(len(rows)).reshape(shards, -1)
+        order = np.array([sorted(own, key=lambda i: rows[i] is None) for own in each])
+        queue.extend(rows[i] for i in order[:, B // shards:].flat if rows[i])
+        decoder.rows = [rows[i] for i in order[:, : B // shards].flat]
+        kept = (order[:, : B // shards] % each.shape[1]).astype(np.int32)
     if B < len(rows) or length > decoder.length:
         for i, layer in enumerate(decoder.cache):  # one after the other, so that the cache never exists twice
             decoder.cache[i] = resize_layer(layer, kept, policy.cfg, length)
@@ -991,24 +973,18 @@ def admit(decoder: Decoder, queue) -> None:
             i, row = free.popleft(), queue.popleft()
             rows[i] = row
             if row.response.tokens:  # put aside earlier: `feed` gives back what it had
-                row.reply = (decoder.prompts[row.group] + row.response.tokens)[: row.position]
+                row.reply = (row.prompt + row.response.tokens)[:-1]
             else:
                 source_B[i] = groups.index(row.group)
         if max(source_B) >= 0:
             decoder.cache = write_prefix(decoder.cache, decoder.prefix[1], source_B, decoder.policy.cfg)
-        if free and queue:
-            decoder.prefix = prefill_next(decoder, queue)
-
-
-def prefill_next(decoder: Decoder, queue) -> tuple:
-    """The next prompts of the queue, at most PIECE tokens of them or one, and their keys and values."""
-    groups = list(dict.fromkeys(row.group for row in queue if not row.response.tokens))
-    prompts = [decoder.prompts[g][:-1] for g in groups]
-    length = cache_length(decoder.policy, len(prompts[0]))
-    fit = next((n for n, p in enumerate(prompts) if len(p) > length), len(prompts))
-    P = row_count(fit, max(1, PIECE // length), 1)
-    parts = [(p, 0) for p in prompts[: min(fit, P)]]
-    return groups[: len(parts)], prefill(*decoder.weights[:3], *padded(parts, P, length))
+        if free and queue:  # the next prompts, at most PIECE tokens of them or one
+            prompts = {row.group: (row.prompt[:-1], 0) for row in queue if not row.response.tokens}
+            length = cache_length(decoder.policy, len(queue[0].prompt) - 1)
+            fit = list(itertools.takewhile(lambda part: len(part[0]) <= length, prompts.values()))
+            P = row_count(len(fit), max(1, PIECE // length), 1)
+            keys_values = prefill(*decoder.weights[:3], *padded(fit[:P], P, length))
+            decoder.prefix = list(prompts)[: len(fit[:P])], keys_values
 
 
 def feed(decoder: Decoder) -> None:
@@ -1031,20 +1007,13 @@ def feed(decoder: Decoder) -> None:
             row.reply = row.reply[T:]
 
 
-def decode(decoder: Decoder, sampling: Sampling, stop_ids) -> tuple[np.ndarray, np.ndarray]:
-    """Up to DECODE_CHUNK steps of all rows; the sampled tokens [chunk, B], -1 where a row was idle, and log-probs."""
-    idle = Row(-1, None, np.zeros(2, np.uint32), 0, 0, 0, 0, 0)
-    rows = [row or idle for row in decoder.rows]
-    state = [np.array([getattr(row, name) for row in rows]) for name in ("token", "position", "remaining", "key")]
-    decoder.cache, *state, tokens, logprobs = decode_chunk(
-        *decoder.weights, decoder.cache, *state, stop_ids, sampling.temperature, sampling.top_p)
-    for row, *state in zip(rows, *(x.tolist() for x in map(np.asarray, state))):
-        row.token, row.position, row.remaining = state
-    return np.asarray(tokens), np.asarray(logprobs)
-
-
-def collect(decoder: Decoder, tokens: np.ndarray, logprobs: np.ndarray, environment) -> int:
-    """Adds what was sampled to the responses; rollouts that ended leave their rows. Returns how many did."""
+def decode(decoder: Decoder, sampling: Sampling, stop_ids, environment) -> int:
+    """Up to DECODE_CHUNK steps; what was sampled joins the responses. Returns how many ended and left their rows."""
+    states = [((row.response.tokens or row.prompt)[-1], row.position, row.room - len(row.response.tokens), row.key)
+              if row else (0, 0, 0, np.zeros(2, np.uint32)) for row in decoder.rows]
+    decoder.cache, *sampled = decode_chunk(*decoder.weights, decoder.cache, *map(np.array, zip(*states)), stop_ids,
+                                           sampling.temperature, sampling.top_p)
+    tokens, logprobs = map(np.asarray, sampled)
     live = [i for i, row in enumerate(decoder.rows) if row]
     for i in live:
         row, n = decoder.rows[i], int((tokens[:, i] >= 0).sum())
@@ -1053,13 +1022,12 @@ def collect(decoder: Decoder, tokens: np.ndarray, logprobs: np.ndarray, environm
         r.logprobs += logprobs[:n, i].tolist()
         reply = environment(row.group, r) if environment else None
         if reply and len(r.tokens) + len(reply) < row.room:
-            end = row.start + len(r.tokens)  # where the reply begins; the token before it has not been fed yet
-            row.reply, row.token, row.position = r.tokens[-1:] + reply[:-1], reply[-1], end + len(reply) - 1
+            row.reply = r.tokens[-1:] + reply[:-1]  # the token before the reply has not been fed yet
             r.tokens, r.logprobs = r.tokens + reply, r.logprobs + [None] * len(reply)
-            r.turn, row.remaining = len(r.tokens), row.room - len(r.tokens)
-        elif reply is not None or row.remaining == 0:  # a reply that does not fit ends the response
+            r.turn = len(r.tokens)
+        elif reply is not None or len(r.tokens) == row.room or r.tokens[-1] in stop_ids:
             r.stop = "eos" if reply is None and r.tokens[-1] in decoder.policy.eos_ids else r.stop
-            decoder.rows[i] = None
+            decoder.rows[i] = None  # also if the reply does not fit
     return sum(decoder.rows[i] is None for i in live)
 
 
@@ -1084,6 +1052,7 @@ def padded(parts: list[tuple[list[int], int]], rows: int, length: int):
     return ids, at
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def new_cache(cfg: ModelConfig, rows: int, length: int):
     """Empty cache of `rows` sequences of up to `length` tokens: keys and values [B, K, S, H] for each layer."""
     empty = lambda: constrain(jnp.zeros((rows, cfg.num_kv_heads, length, cfg.head_dim), cfg.dtype), *cache_spec(cfg))
@@ -1093,7 +1062,11 @@ def new_cache(cfg: ModelConfig, rows: int, length: int):
 @partial(jax.jit, static_argnames="graphdef")
 def unstack(graphdef, theta, frozen):
     """The layers one by one, cut out of the stack once and not in every decode step."""
-    return nnx.merge(graphdef, theta, frozen).unstacked()
+    model = nnx.merge(graphdef, theta, frozen)
+    layer, weights = nnx.split(model.layers)
+    spec = lambda path: weight_spec(f"layers/{path_name(path)}", model.cfg)[1:]
+    cut = lambda i: jax.tree.map_with_path(lambda path, w: constrain(w[i], *spec(path)), weights)
+    return [nnx.merge(layer, cut(i)) for i in range(model.cfg.num_layers)]
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -1134,8 +1107,7 @@ def decode_chunk(graphdef, theta, frozen, layers, cache, token_B, position_B, re
     """Up to DECODE_CHUNK steps for all rows; stops early when none has tokens left.
 
     token_B, position_B: the next token to feed and its position; remaining_B: how many the row may still sample.
-    Returns (cache, token_B, position_B, remaining_B, the sampled tokens [chunk, B], -1 where a row was idle, and their
-    log-probabilities).
+    Returns the cache, the sampled tokens [chunk, B], -1 where a row was idle, and their log-probabilities.
     """
     model = nnx.merge(graphdef, theta, frozen)
 
@@ -1153,7 +1125,8 @@ def decode_chunk(graphdef, theta, frozen, layers, cache, token_B, position_B, re
     B = len(token_B)
     start = (0, cache, token_B, position_B, remaining_B, jnp.full((DECODE_CHUNK, B), -1), jnp.zeros((DECODE_CHUNK, B)))
     going = lambda carry: (carry[0] < DECODE_CHUNK) & jnp.any(carry[4] > 0)
-    return jax.lax.while_loop(going, step, start)[1:]
+    _, cache, *_, tokens, logprobs = jax.lax.while_loop(going, step, start)
+    return cache, tokens, logprobs
 
 
 def sample_token(key_B, logits_BV, temperature, top_p: float):
@@ -1239,15 +1212,13 @@ class ModelConfig:
 class Linear(nnx.Module):
     """y = x W + b + (alpha / R) (x A) B; A, B is the LoRA adapter, present when lora_rank > 0, and B starts at zero."""
 
-    lora_a = None
-
     def __init__(self, cfg: ModelConfig, name: str, d_in: int, d_out: int, rngs: nnx.Rngs):
+        self.cfg = cfg
         # Trained weights are kept in float32 (Adam's steps of 4e-5 vanish in bf16); frozen ones in cfg.dtype.
         dtype = jnp.dtype(cfg.dtype) if cfg.lora_rank else jnp.float32
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_in, d_out), dtype) * d_in**-0.5)
         self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if name in cfg.biased else None
         if cfg.lora_rank:
-            self.scale = cfg.lora_alpha / cfg.lora_rank
             a = jax.random.uniform(rngs.params(), (d_in, cfg.lora_rank), minval=-(d_in**-0.5), maxval=d_in**-0.5)
             self.lora_a = nnx.LoRAParam(a)
             self.lora_b = nnx.LoRAParam(jnp.zeros((cfg.lora_rank, d_out)))
@@ -1256,22 +1227,19 @@ class Linear(nnx.Module):
         y = matmul(x, self.kernel[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        if self.lora_a is not None:
-            y = y + matmul(matmul(x, self.lora_a[...]), self.lora_b[...]) * self.scale
+        if R := self.cfg.lora_rank:
+            y = y + matmul(matmul(x, self.lora_a[...]), self.lora_b[...]) * (self.cfg.lora_alpha / R)
         return checkpoint_name(y, "linear")
 
 
 @jax.custom_vjp
 def matmul(x, w):
-    """x W in x's precision, with W's gradient in W's own: it is summed over tokens and devices before it is rounded.
-
-    The smaller of x and g is transposed for x^T g: XLA on CPUs copies it first.
-    """
+    """x W in x's precision, with W's gradient in W's own: it is summed over tokens and devices before it is rounded."""
     return x @ w.astype(x.dtype)
 
 
 def matmul_backward(saved, g):
-    """(g W^T, x^T g), the latter of shape [a, b] for x [..., a] and g [..., b]."""
+    """(g W^T, x^T g). The smaller of x and g is transposed for the latter: XLA on CPUs copies it first."""
     x, w = saved
     wide = w.shape[1] >= w.shape[0]
     dw = jnp.einsum("...a,...b->ab", *((x, g) if wide else (g, x)), preferred_element_type=w.dtype)
@@ -1371,8 +1339,7 @@ def take_rows(x, row_DR):
 
 
 def write_tokens(cache_BKSH, x_RKTH, position_RT, row_DR):
-    """The cache with a token at position p there, in those rows of each of D shards; padding (a position >= S, a row
-    beyond the last) is dropped."""
+    """The cache with tokens at their positions in these rows of each of D shards. What lies beyond it is dropped."""
     def write(cache, x, position, row):
         return cache.at[row[:, None, None], jnp.arange(x.shape[1])[:, None], position[:, None]].set(x, mode="drop")
 
@@ -1391,39 +1358,27 @@ class Transformer(nnx.Module):
         if not cfg.tied:
             self.lm_head = table()
         self.final_norm = RMSNorm(cfg, cfg.model_dim)
-        stack = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r), in_axes=0, out_axes=0))
-        self.layers = stack(rngs)
-
-    def unstacked(self) -> list[Block]:
-        """The layers one by one, for sampling."""
-        graphdef, weights = nnx.split(self.layers)
-        def layer(i):
-            return jax.tree_util.tree_map_with_path(
-                lambda path, w: constrain(w[i], *weight_spec(f"layers/{path_name(path)}", self.cfg)[1:]), weights)
-        return [nnx.merge(graphdef, layer(i)) for i in range(self.cfg.num_layers)]
+        self.layers = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r)))(rngs)
 
     def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, row_DR=None, remat=""):
-        """Final hidden states [B, T, D], and these tokens' keys and values.
+        """Final hidden states [B, T, D], and these tokens' keys and values, stacked: [L, B, K, T, H].
 
         Padding, left or right, is any token at PAD_POSITION. Queries see the given tokens and either of
           prefix: (what an earlier call on prompts returned, their positions [prompts, S], the prompt of each row,
             counted within its shard [shards, rows]);
-          cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned;
-            row_DR: only these of its rows, counted within their shard, are in the batch.
-        With a cache the layers (what `unstacked` returned, if given) are called in a loop, as in a scan every step would
-        copy each layer's weights and cache. Without one the keys and values are returned stacked, [L, B, K, T, H].
-        remat: what the backward pass computes again, "" nothing, "layer" all of a layer, "linear" all but the outputs
-        of its linear maps.
+          cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned.
+            row_DR: only these of its rows, counted within their shard, are in the batch. The layers, as `unstack`
+            returned them, are called in a loop: a scan would copy each one's weights and cache in every step.
+        remat: the backward pass computes again nothing (""), all of a layer ("layer"), or all but its linear maps.
         """
         cfg = self.cfg
         spread = lambda x: constrain(x, None if cache and cfg.split_length else "data", None, None)
-        x_BTD = self.embed[...][token_BT].astype(cfg.dtype) * jnp.asarray(cfg.embedding_scale, cfg.dtype)
-        x_BTD = spread(x_BTD)
+        x_BTD = spread(self.embed[...][token_BT].astype(cfg.dtype) * jnp.asarray(cfg.embedding_scale, cfg.dtype))
         angle = position_BT[None, :, :, None] * jnp.array(cfg.rope_frequencies, jnp.float32)[:, None, None, :]
         cos, sin = jnp.cos(angle).astype(cfg.dtype), jnp.sin(angle).astype(cfg.dtype)  # [kinds, B, T, H/2]
         if cache is not None:
             keys_values = []
-            for block, rope, window, old in zip(layers or self.unstacked(), cfg.layer_rope, cfg.layer_window, cache):
+            for block, rope, window, old in zip(layers, cfg.layer_rope, cfg.layer_window, cache):
                 x_BTD, new = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old, row_DR=row_DR)
                 x_BTD = spread(x_BTD)
                 keys_values.append(new)
@@ -1514,7 +1469,7 @@ def constrain(x, *spec):
 
 def laid_out(tree):
     """Weights, or what has their paths (a gradient, Adam's moments), constrained to their layout."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *weight_spec(path_name(path))), tree)
+    return jax.tree.map_with_path(lambda path, x: constrain(x, *weight_spec(path_name(path))), tree)
 
 
 def path_name(path) -> str:
@@ -1522,9 +1477,9 @@ def path_name(path) -> str:
     return "/".join(str(k.key) for k in path if hasattr(k, "key"))
 
 
-def weight_sharding(path: str, shape, mesh) -> jax.sharding.NamedSharding:
-    """Layout of the weight at `path` according to SHARDING."""
-    return jax.sharding.NamedSharding(mesh, fit_spec(weight_spec(path), shape, mesh))
+def weight_sharding(path: str, shape, mesh, sampler: ModelConfig | None = None) -> jax.sharding.NamedSharding:
+    """Layout of the weight at `path`, at rest or in the sampler."""
+    return jax.sharding.NamedSharding(mesh, fit_spec(weight_spec(path, sampler), shape, mesh))
 
 
 # ---- Directories in Hugging Face layout
@@ -1576,10 +1531,9 @@ def read_model_config(directory: str, dtype: str = "float32", lora_rank: int = 0
     types = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     rope = hf.rope_parameters if "full_attention" in hf.rope_parameters else {t: hf.rope_parameters for t in types}
     kinds = sorted(set(types))
-    biased = {"q_proj", "k_proj", "v_proj"} if hf.model_type == "qwen2" else set()
-    if getattr(hf, "attention_bias", False) and hf.model_type != "qwen2":
-        biased = {"q_proj", "k_proj", "v_proj", "o_proj"}
-    biased |= {"gate_proj", "up_proj", "down_proj"} if getattr(hf, "mlp_bias", False) else set()
+    biased = {"gate_proj", "up_proj", "down_proj"} if getattr(hf, "mlp_bias", False) else set()
+    if hf.model_type == "qwen2" or getattr(hf, "attention_bias", False):
+        biased |= {"q_proj", "k_proj", "v_proj"} | ({"o_proj"} if hf.model_type != "qwen2" else set())
     return ModelConfig(
         num_layers=hf.num_hidden_layers, model_dim=hf.hidden_size, mlp_dim=hf.intermediate_size,
         num_heads=hf.num_attention_heads, num_kv_heads=hf.num_key_value_heads, head_dim=H, vocab_size=hf.vocab_size,
@@ -1607,8 +1561,11 @@ def stop_tokens(directory: str, tokenizer, vocab_size: int) -> tuple[int, ...]:
     return ids
 
 
-def open_checkpoint(directory: str) -> dict[str, Any]:
-    """{name: lazy safetensors slice} of the text model's tensors in a directory, names without `model.` prefixes."""
+def open_checkpoint(directory: str, named: list[tuple[str, Any]], cfg: ModelConfig) -> dict[str, Any]:
+    """{name: lazy safetensors slice} of the text model's tensors in a directory, names without `model.` prefixes.
+
+    Raises UserError naming the first tensor that is missing, too many, or of another shape than our weights imply.
+    """
     from safetensors import safe_open
     tensors = {}
     for file in sorted(Path(directory).glob("*.safetensors")):
@@ -1619,6 +1576,16 @@ def open_checkpoint(directory: str) -> dict[str, Any]:
                 tensors[re.sub(r"^(model\.|language_model\.)+", "", name)] = handle.get_slice(name)
     if not tensors:
         raise UserError(f"no *.safetensors in {directory}; convert the checkpoint to safetensors first")
+    found = {name: tuple(t.get_shape()) for name, t in tensors.items()}
+    if cfg.tied and found.pop("lm_head.weight", None) and not np.array_equal(  # some checkpoints hold it twice
+            tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
+        raise UserError("lm_head.weight is not embed_tokens.weight; set tie_word_embeddings: false in config.json")
+    implied = {name: leaf.shape[path.startswith("layers/"):][:: -1 if path.endswith("kernel") else 1]
+               for path, leaf in named for name in tensor_names(path, cfg)}  # torch keeps [out, in]
+    for name in sorted(found.keys() | implied.keys()):
+        if found.get(name) != implied.get(name):
+            raise UserError(f"tensor {name!r} is {found.get(name, 'missing')} in the checkpoint, config.json implies "
+                            f"{implied.get(name, 'none')}; are config.json and all its safetensors files there?")
     return tensors
 
 
@@ -1636,11 +1603,9 @@ def tensor_names(path: str, cfg: ModelConfig) -> list[str]:
 
 
 def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh):
-    """One weight as a sharded array; only the slices that each device holds are read."""
-    sharding, names = weight_sharding(path, leaf.shape, mesh), tensor_names(path, cfg)
+    """One weight as a sharded array. Only the slices that devices hold are read, each once, however many hold it."""
+    names, shards = tensor_names(path, cfg), {}
     transposed, stacked = path.endswith("kernel"), path.startswith("layers/")  # torch keeps [out, in]
-
-    shards = {}  # each is read once, however many devices hold it
 
     def read(index):  # index: for every axis of the stacked weight, the slice that one device holds
         if (key := str(index)) not in shards:
@@ -1650,7 +1615,7 @@ def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh
             shards[key] = (np.stack(parts) if stacked else parts[0]).astype(leaf.dtype)
         return shards[key]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, read)
+    return jax.make_array_from_callback(leaf.shape, weight_sharding(path, leaf.shape, mesh), read)
 
 
 @dataclass
@@ -1682,33 +1647,14 @@ def make_policy(model: Transformer, mesh) -> Policy:
 
 def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy:
     """The checkpoint's weights on the mesh, with a fresh adapter. Errors (UserError) name the tensor."""
-    tensors = open_checkpoint(directory)
     make = lambda: nnx.split(Transformer(cfg, nnx.Rngs(seed)), nnx.LoRAParam, ...)
-    graphdef, adapter, shapes = jax.eval_shape(make)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    graphdef, _, shapes = jax.eval_shape(make)
+    leaves, treedef = jax.tree.flatten_with_path(shapes)
     named = [(path_name(path), leaf) for path, leaf in leaves]
-    check_tensors(tensors, named, cfg)
+    tensors = open_checkpoint(directory, named, cfg)
     weights = [load_weight(*item, tensors, cfg, mesh) for item in progress(named, desc="loading weights")]
-    layout = jax.tree_util.tree_map_with_path(lambda p, x: weight_sharding(path_name(p), x.shape, mesh), adapter)
-    adapter = jax.jit(lambda: make()[1], out_shardings=layout)()  # of the random model, only the adapter is computed
-    return make_policy(nnx.merge(graphdef, adapter, jax.tree_util.tree_unflatten(treedef, weights)), mesh)
-
-
-def check_tensors(tensors: dict[str, Any], named: list[tuple[str, Any]], cfg: ModelConfig) -> None:
-    """Raises UserError naming the first tensor that is missing, too many, or of another shape than cfg implies."""
-    found = {name: tuple(t.get_shape()) for name, t in tensors.items()}
-    if cfg.tied and found.pop("lm_head.weight", None) and not np.array_equal(  # some checkpoints hold it twice
-            tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
-        raise UserError("lm_head.weight is not embed_tokens.weight; set tie_word_embeddings: false in config.json")
-    implied = {}  # shapes as torch keeps them
-    for path, leaf in named:
-        shape = leaf.shape[path.startswith("layers/"):]
-        implied |= dict.fromkeys(tensor_names(path, cfg), shape[::-1] if path.endswith("kernel") else shape)
-    for name in sorted(found.keys() | implied.keys()):
-        if found.get(name) != implied.get(name):
-            raise UserError(f"tensor {name!r} is {found.get(name, 'missing')} in the checkpoint, config.json implies "
-                            f"{implied.get(name, 'none')}; are config.json and all its safetensors files there?")
-
+    adapter = jax.jit(lambda: laid_out(make()[1]))()  # of the random model, only the adapter is computed
+    return make_policy(nnx.merge(graphdef, adapter, jax.tree.unflatten(treedef, weights)), mesh)
 
 # ======================================================================================================================
 # 8. Tasks: problems, words for the model, tools and reward. A task is a file in tasks/; the mathematical ones are here.
@@ -2169,7 +2115,8 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
     mesh = make_mesh(c.model_parallel)
     directory = find_model(c.model)
     dtype = c.dtype if c.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    cfg = fit_layout(read_model_config(directory, dtype, c.lora_rank, c.lora_alpha), mesh, device_memory()["bytes_limit"])
+    cfg = read_model_config(directory, dtype, c.lora_rank, c.lora_alpha)
+    cfg = fit_layout(cfg, mesh, device_memory()["bytes_limit"])
     with explained(f"cannot read the tokenizer in {directory}"):
         tokenizer = AutoTokenizer.from_pretrained(directory)
     if c.context > cfg.max_context:
@@ -2184,20 +2131,19 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
 
 
 def device_memory() -> dict[str, float]:
-    """What an accelerator says of its memory, in bytes (bytes_limit, bytes_in_use); on CPU there is no limit."""
-    return {"bytes_limit": math.inf, "bytes_in_use": 0} | (jax.local_devices()[0].memory_stats() or {})
+    """Bytes of a device: bytes_limit, bytes_in_use. Those that do not say, as CPUs, share this machine's memory."""
+    share = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+    return {"bytes_limit": share, "bytes_in_use": 0} | (jax.local_devices()[0].memory_stats() or {})
 
 
 def shard_bytes(tree, mesh, sampler: ModelConfig | None = None) -> int:
     """Bytes on one device of weights (or their shapes, or what has their paths), in the sampler's layout or at rest."""
-    def size(path, x):
-        spec = fit_spec(weight_spec(path_name(path), sampler), x.shape, mesh)
-        return math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
-    return sum(size(*leaf) for leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+    part = lambda path, x: weight_sharding(path_name(path), x.shape, mesh, sampler).shard_shape(x.shape)
+    return sum(math.prod(part(p, x)) * x.dtype.itemsize for p, x in jax.tree.leaves_with_path(tree))
 
 
 def fit_layout(cfg: ModelConfig, mesh, memory: float) -> ModelConfig:
-    """Decides split_length: if whole layers on each device along data took more than two fifths of its memory, bytes."""
+    """Decides split_length: whether whole layers on each device along data would take over two fifths of its memory."""
     weights = jax.eval_shape(lambda: nnx.state(Transformer(cfg, nnx.Rngs(0))))
     return dataclasses.replace(cfg, split_length=shard_bytes(weights, mesh, cfg) > 0.4 * memory)
 
@@ -2209,11 +2155,11 @@ def token_bytes(cfg: ModelConfig, mesh) -> float:
 
 
 def cache_tokens(policy: Policy, memory: dict[str, float]) -> int:
-    """Tokens of cache that fit: 85 % of what weights, Adam's moments and the layers in the sampler's form leave free."""
+    """Tokens of cache that fit: 85 % of what weights, Adam's moments and the layers in the sampler's form leave."""
     cfg, mesh = policy.cfg, policy.mesh
     taken = 2 * shard_bytes(policy.theta, mesh) + shard_bytes((policy.frozen, policy.theta), mesh, cfg)
     free = memory["bytes_limit"] - memory["bytes_in_use"] - taken
-    return int(min(2**40, max(0.0, 0.85 * free / token_bytes(cfg, mesh))))
+    return int(max(0.0, 0.85 * free / token_bytes(cfg, mesh)))
 
 
 def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:

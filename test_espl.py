@@ -158,7 +158,8 @@ def reference(torch, model, tokens=TOKENS, real=REAL):
 @partial(jax.jit, static_argnames="graphdef")
 def forward(graphdef, theta, frozen, tokens, positions, cache=None):
     model = nnx.merge(graphdef, theta, frozen)
-    hidden, cache = model(tokens, positions, cache=cache)
+    layers = espl.unstack(graphdef, theta, frozen) if cache else None
+    hidden, cache = model(tokens, positions, cache=cache, layers=layers)
     return model.logits(hidden), cache
 
 
@@ -1012,7 +1013,7 @@ def sampling_steps(policy, rows=16, length=256):
     """{name: (function, arguments)} of all that touches the cache, on the current mesh."""
     ints = lambda *shape: np.zeros(shape, np.int32)
     weights = policy.graphdef, policy.theta, policy.frozen
-    cache = jax.jit(espl.new_cache, static_argnums=(0, 1, 2))(policy.cfg, rows, length)
+    cache = espl.new_cache(policy.cfg, rows, length)
     prefix, layers = espl.prefill(*weights, ints(4, 128), ints(4, 128)), espl.unstack(*weights)
     D = espl.row_shards(policy.cfg)
     return {
@@ -1116,8 +1117,8 @@ def test_plan_agrees_with_a_real_run(tmp_path, monkeypatch):
         for step, name in dict(prefill="prefill", write="write_prefix", extend="extend", grow="resize_layer",
                                decode="decode_chunk", add_gradient="add_gradient", adam_step="adam_step").items():
             watch(step, name)
-        new_decoder = espl.new_decoder
-        monkeypatch.setattr(espl, "new_decoder", lambda *args: decoders.append(new_decoder(*args)) or decoders[-1])
+        decoder = espl.Decoder
+        monkeypatch.setattr(espl, "Decoder", lambda *args: decoders.append(decoder(*args)) or decoders[-1])
         sizes = {"weights": on_device(policy.frozen), "adapter": on_device(policy.theta),
                  "first value": on_device(policy.theta_ref), "moments": on_device(trainer.opt_state)}
         replied = []  # a tool's reply to each response, once

@@ -103,8 +103,7 @@ def steps(build, cfg, mesh, rows: int, length: int, microbatch_tokens: int, memo
     device. Returns {what: arrays} whose sizes are worth telling, "cache" among them.
     """
     host = lambda *shape, dtype=np.int32: jax.ShapeDtypeStruct(shape, dtype)
-    lay = lambda path, x, sampler=None: NamedSharding(
-        mesh, espl.fit_spec(espl.weight_spec(espl.path_name(path), sampler), x.shape, mesh))
+    lay = lambda path, x, sampler=None: espl.weight_sharding(espl.path_name(path), x.shape, mesh, sampler)
     laid_out = lambda tree: jax.tree_util.tree_map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lay(path, x)), tree)
     trained = nnx.LoRAParam if cfg.lora_rank else nnx.Param
@@ -123,8 +122,7 @@ def steps(build, cfg, mesh, rows: int, length: int, microbatch_tokens: int, memo
     weights = graphdef, cast, frozen
     layers = build("unstack", espl.unstack, weights, always, layout=alone)
     sampling = always, cast
-    empty = jax.jit(espl.new_cache, static_argnums=(0, 1, 2))
-    cache = build("new cache", empty, (cfg, rows, length), (sampling, layers))
+    cache = build("new cache", espl.new_cache, (cfg, rows, length), (sampling, layers))
     few = max(1, espl.PIECE // length), length
     prefix = build("prefill", espl.prefill, (*weights, host(*few), host(*few)), (sampling, layers, cache), per_row=1)
     cache = build("write", espl.write_prefix, (cache, prefix, host(rows), cfg), (sampling, layers), per_row=1)
@@ -142,8 +140,7 @@ def steps(build, cfg, mesh, rows: int, length: int, microbatch_tokens: int, memo
     samples = [espl.Sample([0] * (length // 8), [0] * T, [0.0] * T, 1.0)] * (microbatch_tokens // T + 1)
     batch = next(espl.microbatches(samples, microbatch_tokens, mesh.shape["data"]))
     batch = jax.tree.map(lambda x: host(*x.shape, dtype=x.dtype).update(sharding=NamedSharding(mesh, P("data"))), batch)
-    device = mock.Mock(**{"memory_stats.return_value": {"bytes_limit": memory}})  # one of those planned for
-    with mock.patch.object(jax, "local_devices", return_value=[device]):
+    with mock.patch.object(espl, "device_memory", return_value={"bytes_limit": memory}):  # of those planned for
         remat = espl.cheapest_remat(cfg, mesh, microbatch_tokens)
     gradient = build("zero gradient", espl.zeros_like, (theta,), always)
     gradient, _ = build("add_gradient", espl.add_gradient, (gradient, theta, theta_ref, graphdef, frozen, batch, host(),
@@ -375,8 +372,7 @@ def main() -> int:
     for flag, least in dict(model_parallel=1, rows=1, length=8, lora_rank=0, microbatch_tokens=1).items():
         if vars(args)[flag] < least:
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
-    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.device_count()
-    memory = 1e9 * (args.memory or MEMORY.get(args.devices.split(":")[0], 0)) or here
+    memory = 1e9 * (args.memory or MEMORY.get(args.devices.split(":")[0], 0)) or espl.device_memory()["bytes_limit"]
     try:
         mesh, programs = make_mesh(args.devices, args.model_parallel), []
         cfg, data = read_config(args.model, args.dtype, args.lora_rank), mesh.shape["data"]
