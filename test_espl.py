@@ -3690,9 +3690,9 @@ def test_tables_are_those_of_the_results(lab, tmp_path, monkeypatch):
 
 @pytest.fixture
 def shown(tmp_path):
-    """shown(name): the path of the task file README shows under this name, as tasks/name.py of a fresh folder."""
+    """shown(name): the path of the task file README or docs/search.md shows, as tasks/name.py of a fresh folder."""
     def make(name):
-        text = (ROOT / "README.md").read_text()
+        text = (ROOT / "README.md").read_text() + (ROOT / "docs/search.md").read_text()
         [body] = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if b.startswith(f"# tasks/{name}.py\n")]
         (tmp_path / f"{name}.py").write_text(body)
         return str(tmp_path / f"{name}.py")

@@ -341,6 +341,7 @@ def show_table(files: list[str]) -> None:
         steps = {p["step"]: p for p in r["programs"]}
         worst = max(r["programs"], key=lambda p: p["peak"])
         sent = [sum(c["bytes"] for c in steps[name]["collectives"].values()) / 1e6 for name in ("decode", "extend")]
+        sent[1] /= min(r["rows"], 4 * espl.PIECE // 256)  # replies in that call
         rows = int(r["rows_that_fit"] * r["length"] / 4096) if r["fits"] else "does not fit"
         weights = (r["sizes"]["weights"] + r["sizes"]["unstacked copy"]) / 1e9
         print(f"| {r['model']} | {r['devices']} | {r['data']} x {r['model_parallel']} | {weights:.1f} | {worst['step']}: "
