@@ -920,8 +920,7 @@ def next_shape(live: list[int], parked: list[int], waiting: int, rows: int, leng
     live, parked: the tokens that a rollout in the cache, or put aside, will hold then. The cache is as long as its
     longest rollout, so memory for many short ones is memory for few long ones. When it is short, the short come first:
     what outgrows the cache is put aside until no one waits, then a longer cache with fewer rows goes on with those
-    left. Who was put aside is prefilled again, cheap beside decoding in few rows; nobody is for more than 2 log2 of
-    its length times.
+    left. Who was put aside is prefilled again, which is cheap beside decoding in few rows.
     """
     full = [i for i, n in enumerate(live) if n > length]
     longer = cache_length(max([*live, *parked], default=length))

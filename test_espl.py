@@ -1049,7 +1049,8 @@ def test_the_cache_stays_sharded_and_where_it_is(data, model, split_length):
             for x, sharding in zip(jax.tree.leaves(out), jax.tree.leaves(found)):
                 spec = P(None, None, "model") if name == "prefill" else espl.cache_spec(policy.cfg)
                 assert sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), x.ndim), name
-            if (data, model) == (8, 1) and name != "prefill" or name in ("grow", "fewer rows", "write_prefix") and not split_length:
+            moves = "grow", "fewer rows", "write_prefix"
+            if (data, model) == (8, 1) and name != "prefill" or name in moves and not split_length:
                 assert sent(compiled) <= 8, name  # whether any row is alive
             elif name == "decode_chunk" and not split_length:
                 assert sent(compiled) < 20_000  # activations of 16 rows and scores of blocks; the cache has a megabyte
@@ -1063,8 +1064,8 @@ def test_gradient_and_moments_are_sharded_as_the_weights():
         shards = lambda tree: [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(tree)]
         before, moments = shards(policy.theta), shards((trainer.opt_state[0].mu, trainer.opt_state[0].nu))
         assert moments == before * 2 and shards(espl.zeros_like(policy.theta)) == before
-        assert math.prod(dict(zip(map(espl.path_name, [p for p, _ in jax.tree_util.tree_leaves_with_path(policy.theta)]),
-                                  before))["layers/q_proj/kernel"]) == 2 * 32 * 32 // 8
+        names = [espl.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(policy.theta)]
+        assert math.prod(dict(zip(names, before))["layers/q_proj/kernel"]) == 2 * 32 * 32 // 8
         samples = [espl.Sample([1, 2], [3, 4, 5], [-1.0] * 3, 1.0) for _ in range(8)]
         seen, add = [], espl.add_gradient
         with pytest.MonkeyPatch.context() as patch:

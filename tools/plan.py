@@ -130,8 +130,8 @@ def steps(build, cfg, mesh, rows: int, length: int, microbatch_tokens: int, memo
     short = jax.tree.map(lambda x: x.update(shape=(*x.shape[:2], length // 2, x.shape[3])), cache[0])
     build("grow", espl.resize_layer, (short, None, cfg, length), (meanwhile, cache[1:]), per_row=1)  # the last layer
     R = espl.row_count(rows, min(rows // shards, max(1, 4 * espl.PIECE // 256 // shards)), 1)
-    build("extend", espl.extend, (*weights, layers, cache, host(shards, R), host(shards * R, 256), host(shards * R, 256)),
-          meanwhile, per_row=1)
+    reply = host(shards * R, 256)
+    build("extend", espl.extend, (*weights, layers, cache, host(shards, R), reply, reply), meanwhile, per_row=1)
     state = host(rows), host(rows), host(rows), host(rows, 2, dtype=np.uint32), host(2), host(dtype=np.float32)
     build("decode", espl.decode_chunk, (*weights, layers, cache, *state, 0.95), meanwhile, per_row=1)
 
@@ -186,8 +186,8 @@ def simulate_queue(cfg, mesh, lengths: list[int], kind: str, memory: float, prom
         live = [i for i in live if position[i] < end[i]]
     seconds += again * 2 * weights / jnp.dtype(cfg.dtype).itemsize / (0.4e12 * SPEED[kind][1])
     return (f"{len(lengths)} responses of {min(lengths):,} to {max(lengths):,} tokens, {sum(lengths):,} in all, on "
-            f"{kind}: cache of {policy.cache_tokens:,} tokens, {steps:,} steps, {again:,} tokens prefilled again, {len(shapes)} "
-            f"shapes, {seconds:.0f} s (an estimate)")
+            f"{kind}: cache of {policy.cache_tokens:,} tokens, {steps:,} steps, {again:,} tokens prefilled again, "
+            f"{len(shapes)} shapes, {seconds:.0f} s (an estimate)")
 
 
 # ---- Nothing below knows espl.py's signatures
@@ -335,20 +335,23 @@ def show(r: dict) -> None:
 
 def show_table(files: list[str]) -> None:
     """The reports in files written by --json, one a line."""
-    print("| model | devices | data x model | weights, GB | fullest step, GB | rows of 4,096 that fit | sent a decode step"
-          ", MB | sent a reply, MB |\n| --- |" + " --- |" * 7)
-    for r in (json.loads(Path(file).read_text()) for file in files):
+    with espl.explained(f"cannot read {', '.join(files)}", "write them with --json"):
+        reports = [json.loads(Path(file).read_text()) for file in files]
+    print("| model | devices | data x model | weights, GB | fullest step, GB | rows of 4,096 that fit | sent a decode "
+          "step, MB | sent a reply, MB |\n| --- |" + " --- |" * 7)
+    for r in reports:
         steps = {p["step"]: p for p in r["programs"]}
         worst = max(r["programs"], key=lambda p: p["peak"])
         sent = [sum(c["bytes"] for c in steps[name]["collectives"].values()) / 1e6 for name in ("decode", "extend")]
         sent[1] /= min(r["rows"], 4 * espl.PIECE // 256)  # replies in that call
         rows = int(r["rows_that_fit"] * r["length"] / 4096) if r["fits"] else "does not fit"
         weights = (r["sizes"]["weights"] + r["sizes"]["unstacked copy"]) / 1e9
-        print(f"| {r['model']} | {r['devices']} | {r['data']} x {r['model_parallel']} | {weights:.1f} | {worst['step']}: "
-              f"{worst['peak'] / 1e9:.1f} of {r['memory'] / 1e9:.0f} | {rows} | {sent[0]:.3g} | {sent[1]:.3g} |")
+        print(f"| {r['model']} | {r['devices']} | {r['data']} x {r['model_parallel']} | {weights:.1f} | "
+              f"{worst['step']}: {worst['peak'] / 1e9:.1f} of {r['memory'] / 1e9:.0f} | {rows} | {sent[0]:.3g} | {sent[1]:.3g} |")
 
 
-def main() -> int:
+def parse_args():
+    """The flags, checked but for what only the compiler's library knows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(print(f"plan: error: {message}; see --help", file=sys.stderr) or 2)
     parser.add_argument("--table", nargs="+", metavar="FILE", help="only a table of what --json wrote earlier")
@@ -365,28 +368,40 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
     args = parser.parse_args()
     if args.table:
-        return show_table(args.table) or 0
-    if not (args.model and args.devices):
-        parser.error("--model and --devices are needed")
-    if not re.fullmatch(rf"(cpu|{'|'.join(GPUS)}):[1-9]\d*|({'|'.join(MEMORY)}):\d+(x\d+)+", args.devices):
-        parser.error(f"--devices {args.devices}: write v5e:4x4, H100:8 or cpu:8; there are cpu, {', '.join(MEMORY)}")
+        return args
+    known = rf"(cpu|{'|'.join(GPUS)}):[1-9]\d*|({'|'.join(MEMORY)}):\d+(x\d+)+"
+    if not args.model or not re.fullmatch(known, args.devices or ""):
+        parser.error(f"give --model, and --devices as v5e:4x4, H100:8 or cpu:8; there are cpu, {', '.join(MEMORY)}")
+    if args.queue is not None and args.devices.startswith("cpu"):
+        parser.error("--queue needs --devices with a data sheet")
     for flag, least in dict(model_parallel=1, rows=1, length=8, lora_rank=0, microbatch_tokens=1).items():
         if vars(args)[flag] < least:
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
-    memory = 1e9 * (args.memory or MEMORY.get(args.devices.split(":")[0], 0)) or espl.device_memory()["bytes_limit"]
+    return args
+
+
+def response_lengths(file: str) -> list[int]:
+    """Tokens of the responses in a rollouts.jsonl, or without one those that --help names."""
+    if not file:
+        drawn = np.exp(np.log(6000) + 0.7 * np.random.default_rng(0).normal(size=150))
+        return np.minimum(15_000, drawn).astype(int).tolist()
+    with espl.explained(f"cannot read {file}", "it takes a run's rollouts.jsonl"):
+        return [json.loads(line)["tokens"] for line in Path(file).read_text().splitlines()]
+
+
+def main() -> int:
+    args, programs = parse_args(), []
     try:
-        mesh, programs = make_mesh(args.devices, args.model_parallel), []
-        cfg, data = read_config(args.model, args.dtype, args.lora_rank), mesh.shape["data"]
-        cfg = espl.fit_layout(cfg, mesh, memory)
+        if args.table:
+            return show_table(args.table) or 0
+        kind = args.devices.split(":")[0]
+        memory = 1e9 * (args.memory or MEMORY.get(kind, 0)) or espl.device_memory()["bytes_limit"]
+        mesh = make_mesh(args.devices, args.model_parallel)
+        cfg = espl.fit_layout(read_config(args.model, args.dtype, args.lora_rank), mesh, memory)
         if args.queue is not None:
-            if args.devices.startswith("cpu"):
-                raise espl.UserError("--queue needs --devices with a data sheet")
-            lengths = np.minimum(15_000, np.exp(np.log(6000) + 0.7 * np.random.default_rng(0).normal(size=150)))
-            with espl.explained(f"cannot read {args.queue}", "it takes a run's rollouts.jsonl"):
-                lengths = [json.loads(line)["tokens"] for line in open(args.queue)] if args.queue else lengths
-            print(simulate_queue(cfg, mesh, [int(n) for n in lengths], args.devices.split(":")[0], memory))
-            return 0
-        args.data, args.rows = data, -(-args.rows // data) * data  # as in a run: so many that the devices share them out evenly
+            return print(simulate_queue(cfg, mesh, response_lengths(args.queue), kind, memory)) or 0
+        args.data = mesh.shape["data"]
+        args.rows = -(-args.rows // args.data) * args.data  # as in a run: so many that the devices share them evenly
         arrays = steps(partial(measure, programs), cfg, mesh, args.rows, args.length, args.microbatch_tokens, memory)
     except espl.UserError as e:
         return print(f"plan: error: {e}", file=sys.stderr) or 2
