@@ -346,8 +346,10 @@ def show_table(files: list[str]) -> None:
         sent[1] /= min(r["rows"], 4 * espl.PIECE // 256)  # replies in that call
         rows = int(r["rows_that_fit"] * r["length"] / 4096) if r["fits"] else "does not fit"
         weights = (r["sizes"]["weights"] + r["sizes"]["unstacked copy"]) / 1e9
-        print(f"| {r['model']} | {r['devices']} | {r['data']} x {r['model_parallel']} | {weights:.1f} | "
-              f"{worst['step']}: {worst['peak'] / 1e9:.1f} of {r['memory'] / 1e9:.0f} | {rows} | {sent[0]:.3g} | {sent[1]:.3g} |")
+        cells = [r["model"], r["devices"], f"{r['data']} x {r['model_parallel']}", f"{weights:.1f}",
+                 f"{worst['step']}: {worst['peak'] / 1e9:.1f} of {r['memory'] / 1e9:.0f}", rows,
+                 *(f"{n:.0f}" for n in sent)]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def parse_args():
