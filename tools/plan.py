@@ -341,10 +341,11 @@ def show_table(files: list[str]) -> None:
           "step, MB | sent a reply, MB |\n| --- |" + " --- |" * 7)
     for r in reports:
         steps = {p["step"]: p for p in r["programs"]}
-        worst = max(r["programs"], key=lambda p: p["peak"])
+        worst = max(r["programs"], key=lambda p: p["peak"])  # with --rows
         sent = [sum(c["bytes"] for c in steps[name]["collectives"].values()) / 1e6 for name in ("decode", "extend")]
         sent[1] /= min(r["rows"], 4 * espl.PIECE // 256)  # replies in that call
-        rows = int(r["rows_that_fit"] * r["length"] / 4096) if r["fits"] else "does not fit"
+        update = all(p["fits"] for p in r["programs"] if not p["per_row"] and p["step"] != "new cache")
+        rows = int(r["rows_that_fit"] * r["length"] / 4096) if update else "does not fit"
         weights = (r["sizes"]["weights"] + r["sizes"]["unstacked copy"]) / 1e9
         cells = [r["model"], r["devices"], f"{r['data']} x {r['model_parallel']}", f"{weights:.1f}",
                  f"{worst['step']}: {worst['peak'] / 1e9:.1f} of {r['memory'] / 1e9:.0f}", rows,
