@@ -93,12 +93,13 @@ def write_adapter(out: Path, c: espl.Config, checkpoint: Checkpoint, base: Path,
 
 def map_tensors(directory: Path) -> dict[str, np.memmap]:
     """The text model's tensors in a directory, to be written where they lie; names as in espl.open_checkpoint."""
-    wanted, tensors = espl.open_checkpoint(str(directory)).keys(), {}
+    tensors = {}
     for file in sorted(directory.glob("*.safetensors")):
         data = np.memmap(file, mode="r+")  # bytes: the header's length, the header, the tensors
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
         for name, x in json.loads(data[8:start].tobytes()).items():
-            if (short := re.sub(r"^(model\.|language_model\.)+", "", name)) in wanted:
+            if not re.search(r"^__metadata__|vision_tower|multi_modal_projector|rotary_emb", name):
+                short = re.sub(r"^(model\.|language_model\.)+", "", name)
                 tensors[short] = data[start:][slice(*x["data_offsets"])].view(DTYPES[x["dtype"]]).reshape(x["shape"])
     return tensors
 
