@@ -2114,6 +2114,8 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
     mesh = make_mesh(c.model_parallel)
     directory = find_model(c.model)
     dtype = c.dtype if c.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")  # else a TPU multiplies in bfloat16
     cfg = read_model_config(directory, dtype, c.lora_rank, c.lora_alpha)
     cfg = fit_layout(cfg, mesh, device_memory()["bytes_limit"])
     with explained(f"cannot read the tokenizer in {directory}"):

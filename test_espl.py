@@ -164,7 +164,9 @@ def forward(graphdef, theta, frozen, tokens, positions, cache=None):
 
 
 def load(directory, mesh=None, **config):
-    return espl.load_policy(directory, espl.read_model_config(directory, **config), mesh or make_mesh())
+    mesh = mesh or make_mesh()
+    with jax.set_mesh(mesh):
+        return espl.load_policy(directory, espl.read_model_config(directory, **config), mesh)
 
 
 def logits(policy, theta=None, tokens=TOKENS, positions=POSITIONS, cache_length=0):
