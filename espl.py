@@ -44,6 +44,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import itertools
 import json
@@ -59,6 +60,7 @@ import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -83,7 +85,8 @@ from tqdm import tqdm
 # 2. Config: the flags. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
 
-RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache")
+RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache",
+             "reflector_concurrency", "reflector_timeout", "max_reflector_tokens")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
 MATHS = {  # the built-in tasks: (train sets, test sets), each a "data set of the hub:split"
     "aime": ([AIME], ["ByteDance-Seed/BeyondAIME:test"]),
@@ -155,7 +158,11 @@ class Config:
     rating: str = flag("trueskill", "Evolution", "last: mu is a prompt's last V_i, and lambda is 0 unless it is given",
                        choices=("trueskill", "last"))
 
-    reflector: str = flag("reference", "Reflection", "pi_ref or pi_theta", choices=("reference", "current"))
+    reflector: str = flag("reference", "Reflection", "reference: pi_ref; current: pi_theta; or the URL of a server")
+    reflector_model: str = flag("", "Reflection", "its name there (OpenAI's protocol; key: OPENAI_API_KEY)")
+    reflector_concurrency: int = flag(16, "Reflection", "requests to the server at a time", low=1)
+    reflector_timeout: float = flag(600.0, "Reflection", "seconds until a request is tried again, three times", low=0.1)
+    max_reflector_tokens: int = flag(0, "Reflection", "tokens in and out, then evolution ends (0: no limit)", low=0)
     reflect_on: str = flag("contrast", "Reflection", "problems whose rewards differ, with V < 1, or all",
                            choices=("contrast", "failures", "all"))
     reflect_problems: int = flag(0, "Reflection", "most problems reflected on in an iteration (0: all)", low=0)
@@ -189,6 +196,7 @@ def train(run: Run) -> None:
         done = restore_checkpoint(run, manager) if c.resume else -1
         for iteration in range(done + 1, last + 1):
             run.seconds.clear()
+            run.tokens.clear()
             m = espl_iteration(run, iteration) if iteration else {"iteration": 0}
             if iteration % c.eval_every == 0 or iteration == last:
                 m |= evaluate(run, iteration)
@@ -211,18 +219,35 @@ def espl_iteration(run: Run, iteration: int) -> dict:
                                 "train", iteration))
     groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
     values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # so ties are exact
-    learning, evolution = {}, {}
-    if c.mode in ("espl", "rl"):  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
+
+    def learn() -> dict:  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
+        if c.mode not in ("espl", "rl"):
+            return {}
         with timed(run, "update"):
             rollouts = c.num_prompts * c.num_rollouts * len(problems_B)
-            learning = rl_update(run.trainer, to_samples(groups_MB, c), rollouts)
-    if c.mode != "rl":
+            return rl_update(run.trainer, to_samples(groups_MB, c), rollouts)
+
+    def evolve() -> dict:
+        if c.mode == "rl":
+            return {}
         update_ratings(prompts_M, values_M, iteration, c.rating)                        # lines 10-11
         k = argmax(values_M, rng)                                                       # line 12
         with timed(run, "reflect"):
             reflect = partial(ask, run, iteration, Counter())                           # lines 13-21
-            evolution = breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng), iteration)
+            return breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng), iteration)
+
+    learning, evolution = side_by_side(run, learn, evolve) if external(c) else (learn(), evolve())
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
+
+
+def side_by_side(run: Run, learn: Callable[[], dict], evolve: Callable[[], dict]) -> tuple[dict, dict]:
+    """Both results. evolve waits for a server, in a thread; the seconds saved are noted as a negative "overlap"."""
+    start = time.perf_counter()
+    with ThreadPool(1) as pool:  # of a daemon: an interrupted run need not wait for the server
+        job = pool.apply_async(evolve)
+        results = learn(), job.get()
+    run.seconds["overlap"] = time.perf_counter() - start - run.seconds["update"] - run.seconds["reflect"]
+    return results
 
 
 def breed(run: Run, tournament: Tournament, iteration: int) -> dict:
@@ -2060,6 +2085,8 @@ class Run:
     directory: Path
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
+    tokens: Counter = field(default_factory=Counter)      # sampled in it: rollouts, reflections, evaluation
+    reflector_tokens: int = 0                             # in and out of --reflector URL in the whole run
 
     @property
     def policy(self) -> Policy:  # one model for sampler and trainer
@@ -2090,6 +2117,7 @@ def timed(run: Run, phase: str):
 
 def start_run(c: Config) -> Run:
     """Load everything, then make (or reopen) the run directory: what is wrong is found before anything is written."""
+    external(c)  # finds mistakes
     task = load_task(c)
     policy, chat = load_model(c)
     drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size)
@@ -2181,18 +2209,66 @@ def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) ->
 
 def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict]) -> list[str]:
     """The `ask` of a Tournament: requests of prompts_seed.txt answered by the reflection model, all in one batch."""
-    c, theta = run.config, run.policy.theta_ref if run.config.reflector == "reference" else run.policy.theta
-    calls[request] += 1  # for each call a seed of its own
-    limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
-    prompts = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
-    sampling = Sampling(c.reflect_temperature, c.top_p, c.reflect_tokens,
-                        run.seed(f"{request}/{calls[request]}/{iteration}"), f"reflecting: {request}")
-    responses = generate(run.policy, theta, prompts, [1] * len(prompts), sampling)
-    replies = [run.chat.text(r.tokens, ids) for ids, [r] in zip(prompts, responses)]
-    run.append("reflections.jsonl", [
-        dict(iteration=iteration, request=request, prompt=run.chat.tokenizer.decode(p), reply=reply)
-        for p, reply in zip(prompts, replies)])
+    c = run.config
+    calls[request] += 1
+    seed = run.seed(f"{request}/{calls[request]}/{iteration}")  # each call has its own
+    if external(c):
+        prompts = [fill(run.task.texts[request], s) for s in slots]
+        replies = ask_server(run, prompts, seed[1])
+    else:
+        theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
+        limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
+        ids = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
+        sampling = Sampling(c.reflect_temperature, c.top_p, c.reflect_tokens, seed, f"reflecting: {request}")
+        responses = [r for [r] in generate(run.policy, theta, ids, [1] * len(ids), sampling)]
+        run.tokens["reflections"] += sum(len(r.tokens) for r in responses)
+        prompts = map(run.chat.tokenizer.decode, ids)
+        replies = [run.chat.text(r.tokens, prompt) for r, prompt in zip(responses, ids)]
+    run.append("reflections.jsonl", [dict(iteration=iteration, request=request, prompt=prompt, reply=reply)
+                                     for prompt, reply in zip(prompts, replies)])
     return [final_text(reply).strip() for reply in replies]  # what a model thinks aloud is not its reply
+
+
+def external(c: Config) -> bool:
+    """Whether another server reflects, not the model that learns. Raises UserError if it cannot be asked."""
+    if c.reflector in ("reference", "current"):
+        return False
+    if not re.match(r"https?://[^@]+$", c.reflector) or not c.reflector_model:
+        raise UserError("--reflector is reference, current, or http(s)://HOST/v1, without a key, and --reflector-model")
+    if not importlib.util.find_spec("openai"):
+        raise UserError("--reflector URL needs the package of the protocol: pip install openai")
+    return True
+
+
+def ask_server(run: Run, prompts: list[str], seed: int) -> list[str]:
+    """Replies of an OpenAI-compatible server, "" where it failed; after 429, 5xx and silence its package tries again by
+    itself. Raises NoChild if none came, or no token is left."""
+    import openai
+    c, key, failures = run.config, os.environ.get("OPENAI_API_KEY") or "none", []
+
+    def reply(i: int) -> str:
+        try:
+            if 0 < c.max_reflector_tokens <= run.reflector_tokens:
+                raise NoChild("all of --max-reflector-tokens is spent")
+            answer = client.chat.completions.create(
+                model=c.reflector_model, messages=[{"role": "user", "content": prompts[i]}], seed=(seed + i) % 2**31,
+                temperature=c.reflect_temperature, top_p=c.top_p, max_tokens=c.reflect_tokens)
+            if answer.usage:
+                run.tokens["reflections"] += answer.usage.completion_tokens
+                run.reflector_tokens += answer.usage.total_tokens
+            return answer.choices[0].message.content or ""
+        except Exception as e:
+            failures.append(first_line(e).replace(key, "…"))
+            return ""
+
+    with (openai.OpenAI(base_url=c.reflector, api_key=key, timeout=c.reflector_timeout, max_retries=3) as client,
+          ThreadPool(c.reflector_concurrency) as pool):
+        replies = pool.map(reply, range(len(prompts)), chunksize=1)
+    if failures:
+        warn(f"{len(failures)} of {len(prompts)} requests to the reflector failed: {failures[0]}")
+    if len(failures) == len(prompts):
+        raise NoChild(f"the reflector failed: {failures[0]}")
+    return replies
 
 
 def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
@@ -2247,7 +2323,8 @@ def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
 
 def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) -> None:
     """Everything needed to go on after this iteration: theta, Adam's state, the population, the evaluations."""
-    loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations}
+    loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations,
+            "reflector_tokens": run.reflector_tokens}
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
     try:
         for step in manager.all_steps():  # of a run that was killed and resumed before them
@@ -2270,6 +2347,7 @@ def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
         run.policy.theta, run.trainer.opt_state = state["weights"]["theta"], state["weights"]["opt_state"]
         run.population = [SystemPrompt(**s) for s in state["loop"]["prompts"]]
         run.evaluations = state["loop"]["evaluations"]
+        run.reflector_tokens = state["loop"].get("reflector_tokens", 0)
     logs = [run.directory / name for name in ("metrics.jsonl", "rollouts.jsonl", "reflections.jsonl")]
     for path in filter(Path.is_file, logs):
         with open(path, "rb+") as file:  # bytes: only \n ends a record
@@ -2307,7 +2385,7 @@ def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[
 
 def write_logs(run: Run, m: dict) -> None:
     """The iteration's line of metrics.jsonl, population.json, and the pictures, of quick runs only at the end."""
-    m["seconds"] = dict(run.seconds)
+    m |= {"seconds": dict(run.seconds), "tokens": dict(run.tokens)}
     run.append("metrics.jsonl", [m])
     try:
         population = [dataclasses.asdict(s) for s in run.population]
@@ -2333,7 +2411,8 @@ def print_line(run: Run, m: dict) -> None:
     parts += ["no step"] * ("skipped" in m)
     bred = [f"+{x['id']} from {', '.join(map(str, x['parents']))}" for x in m.get("children", {}).values()]
     scores = [f"{split} {short(m[split])}" for split in ("val", "test") if split in m]
-    parts += filter(None, [" ".join(bred), f"{sum(m['seconds'].values()):.1f} s", " ".join(scores)])
+    saved = f" ({-m['seconds']['overlap']:.1f} saved)" if "overlap" in m["seconds"] else ""
+    parts += filter(None, [" ".join(bred), f"{sum(m['seconds'].values()):.1f} s{saved}", " ".join(scores)])
     if m["iteration"] % 20 == 0:
         tqdm.write(HEADS)
     tqdm.write(" | ".join(parts))

@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import http.server
 import json
 import math
 import re
@@ -2514,6 +2515,136 @@ def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop,
     assert equal((resumed.policy.theta, resumed.trainer.opt_state), (whole.policy.theta, whole.trainer.opt_state))
     assert resumed.evaluations == whole.evaluations
     assert [p.name for p in (broken / "best").iterdir() if p.name.isdigit()] == ["4"]
+
+
+# ---- a reflector that is not the model itself --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """server(answer) -> (URL, the requests that came) of a chat server; answer(handler, request, number of the request)
+    writes the reply, by default one in which any operation of fake_parse can be read."""
+    pytest.importorskip("openai", reason="pip install openai")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-4711")
+    servers = []
+
+    def start(answer=None):
+        seen = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                seen.append(request | {"path": self.path, "key": self.headers["Authorization"]})
+                (answer or say)(self, request, len(seen))
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/v1", seen
+
+    yield start
+    for s in servers:
+        s.shutdown()
+        s.server_close()
+
+
+def send(handler, body, status=200, **headers):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    handler.send_response(status)
+    for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(data))} | headers).items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(data)
+
+
+def completion(text, **usage):
+    return {"id": "1", "object": "chat.completion", "created": 1, "model": "m",
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+            "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10} | usage}
+
+
+def say(handler, request, n):
+    send(handler, completion(f"<think>w</think> reply {zlib.crc32(str(request['messages']).encode())}"))
+
+
+def external_run(world, url, directory, code=0, **changes):
+    return play(flags(world, directory, reflector=url, reflector_model="judge", **changes), code)
+
+
+def test_a_server_reflects_while_the_weights_learn(world, server, run_of, tmp_path):
+    url, seen = server(lambda *args: (time.sleep(0.02), say(*args)))
+    run = external_run(world, url, tmp_path / "run", reflector_concurrency=4)
+    lines, reflections = metrics(run), read_lines(run, "reflections.jsonl")
+    assert len(prompts_of(run)) >= 3 and len(seen) == len(reflections)
+    assert {(r["model"], r["path"], r["key"]) for r in seen} == {("judge", "/v1/chat/completions", "Bearer sk-secret-4711")}
+    assert all((r["max_tokens"], r["temperature"], r["top_p"]) == (16, 0.6, 1.0) for r in seen)
+    assert len({r["seed"] for r in seen}) == len(seen)                              # no reply is drawn twice alike
+    assert sorted(r["messages"][0]["content"] for r in seen) == sorted(r["prompt"] for r in reflections)
+    assert not any("think" in p for s in prompts_of(run) for p in s["principles"])
+    for m in lines[1:]:
+        asked = sum(r["iteration"] == m["iteration"] for r in reflections)
+        assert m["tokens"]["reflections"] == 3 * asked
+    seconds = [m["seconds"] for m in read_lines(run, "metrics.jsonl")[1:]]
+    assert all(s["overlap"] < 0 and -s["overlap"] <= min(s["update"], s["reflect"]) + 0.01 for s in seconds)
+    # the first update does not depend on who reflects; nothing that was written knows the key
+    assert lines[1]["grad_norm"] == metrics(run_of("espl"))[1]["grad_norm"]
+    assert not [p for p in run.directory.rglob("*") if p.is_file() and b"sk-secret" in p.read_bytes()]
+
+
+def flaky(handler, request, n):
+    """Every other request fails, each time in another way."""
+    match n:
+        case 1:
+            send(handler, {"error": {"message": "slow down"}}, 429, Retry_After="0")
+        case 3:
+            send(handler, {"error": {"message": "oops sk-secret-4711"}}, 500)
+        case 5:
+            send(handler, b'{"id": "1", "cho', Content_Length="900")
+        case 7:
+            time.sleep(1.5)
+        case _:
+            say(handler, request, n)
+
+
+@pytest.mark.parametrize("answer, replies", [
+    (flaky, 3),                                                                     # tried again until it works
+    (lambda h, r, n: send(h, {"error": {"message": "your key sk-secret-4711 is wrong"}}, 401), 0),
+    (lambda h, r, n: send(h, b"{not json"), 0),
+    (lambda h, r, n: send(h, completion("x") | {"choices": []}), 0),
+    (lambda h, r, n: send(h, b"<html>hello</html>", Content_Type="text/html"), 0),
+    (lambda h, r, n: say(h, r, n) if "moved" in h.path else send(h, {}, 307, Location="/v1/moved"), 3),
+    (lambda h, r, n: say(h, r, n) if n != 2 else send(h, {}, 400), 2),
+])
+def test_a_server_that_fails(server, tmp_path, capsys, answer, replies):
+    url, seen = server(answer)
+    c = espl.Config(reflector=url, reflector_model="judge", reflector_timeout=1.0, reflector_concurrency=1)
+    run = espl.Run(c, SimpleNamespace(texts={"summarize": "say {a}"}), None, SimpleNamespace(policy=None), [], tmp_path)
+    ask = lambda: espl.ask(run, 1, Counter(), "summarize", [{"a": x} for x in "xyz"])
+    if replies:
+        assert sum(reply.startswith("reply") for reply in ask()) == replies
+        assert run.reflector_tokens == 10 * replies
+    else:
+        with pytest.raises(espl.NoChild, match="the reflector failed: "):
+            ask()
+    err = capsys.readouterr().err
+    assert ("requests to the reflector failed" in err) == (replies < 3) and "secret" not in err
+
+
+def test_a_server_that_stays_down_or_costs_too_much_ends_no_run(world, server, tmp_path, capsys):
+    url, seen = server()
+    run = external_run(world, url, tmp_path / "spent", max_reflector_tokens=25, reflector_concurrency=1)
+    assert len(seen) == 3 and run.reflector_tokens == 30 and len(metrics(run)) == 4
+    assert "spent" in metrics(run)[3]["no_child"]["mutation"]
+    again = play(["--resume", run.directory, "--iterations", 4])                    # what is spent stays spent
+    assert len(seen) == 3 and again.reflector_tokens == 30
+    run = external_run(world, "http://127.0.0.1:9/v1", tmp_path / "down", reflector_timeout=0.1, iterations=1)
+    assert "the reflector failed: Connection error" in metrics(run)[1]["no_child"]["mutation"]
+    for url, more in (("http://a/v1", {}), ("refrence", dict(reflector_model="m")),
+                      ("http://key@host/v1", dict(reflector_model="m"))):
+        assert espl.main(flags(world, tmp_path / "none", reflector=url, **more)) == 2
+        assert "--reflector is reference, current, or http(s)://" in capsys.readouterr().err
 
 
 # ---- what must not end a run, and what must --------------------------------------------------------------------------
