@@ -87,6 +87,8 @@ from tqdm import tqdm
 
 RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache",
              "reflector_concurrency", "reflector_timeout", "max_reflector_tokens")
+MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts", "iterations",
+             "seed", "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")  # --help shows them first
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
 MATHS = {  # the built-in tasks: (train sets, test sets), each a "data set of the hub:split"
     "aime": ([AIME], ["ByteDance-Seed/BeyondAIME:test"]),
@@ -181,6 +183,7 @@ class Config:
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
     save_every: int = flag(1, "Run", "iterations between checkpoints", low=1)
+    track: str = flag("", "Run", "also log to wandb:PROJECT or trackio:PROJECT")
     compile_cache: str = flag("~/.cache/espl/jax", "Run", "folder of compiled programs ('': off)")
 
 # ======================================================================================================================
@@ -2083,6 +2086,7 @@ class Run:
     trainer: Trainer
     population: list[SystemPrompt]
     directory: Path
+    tracker: Any = None                                   # of --track
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
     tokens: Counter = field(default_factory=Counter)      # sampled in it: rollouts, reflections, evaluation
@@ -2103,6 +2107,20 @@ class Run:
                 f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
         except (OSError, ValueError, TypeError) as e:
             warn(f"could not write {file}: {first_line(e)}")
+
+
+def start_tracker(c: Config) -> Any:
+    """The run of --track wandb:PROJECT or trackio:PROJECT, which have the same functions; None without."""
+    name, _, project = c.track.partition(":")
+    if not name:
+        return None
+    if name not in ("wandb", "trackio") or not project:
+        raise UserError(f"--track {c.track}: must be wandb:PROJECT or trackio:PROJECT")
+    with explained(f"--track {c.track} does not start", f"pip install {name}, log in, or set WANDB_MODE=offline"):
+        package = importlib.import_module(name)
+        more = {"id": Path(c.run_dir).name} if name == "wandb" else {}  # by which a resumed run is found
+        return package.init(project=project, name=Path(c.run_dir).name, config=dataclasses.asdict(c), resume="allow",
+                            **more)
 
 
 @contextlib.contextmanager
@@ -2132,8 +2150,9 @@ def start_run(c: Config) -> Run:
         directory.mkdir(parents=True, exist_ok=True)
         if not c.resume and any(directory.iterdir()):
             raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
+        tracker = start_tracker(c)
         write_whole(directory / "config.json", json.dumps(dataclasses.asdict(c) | {"resume": ""}, indent=1))
-    return Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], directory)  # Alg. 1, line 1
+    return Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], directory, tracker)  # Alg. 1, line 1
 
 
 def load_model(c: Config) -> tuple[Policy, Chat]:
@@ -2388,13 +2407,15 @@ def write_logs(run: Run, m: dict) -> None:
     m |= {"seconds": dict(run.seconds), "tokens": dict(run.tokens)}
     run.append("metrics.jsonl", [m])
     try:
+        if run.tracker:
+            run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
         slow = "test" in m and sum(run.seconds.values()) > 10
         if REPORT.is_file() and (slow or m["iteration"] == last_iteration(run)):
             runpy.run_path(str(REPORT))["draw"](run.directory)
     except Exception as e:
-        warn(f"could not write population.json or a picture: {first_line(e)}")
+        warn(f"could not write population.json or a picture, or --track: {first_line(e)}")
 
 
 # ---- The screen and the program
@@ -2471,14 +2492,15 @@ def parse_args(argv: list[str]) -> Config:
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
     parser.error, fields = stop, {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(kind)}
-    titles = dict.fromkeys(f.metadata["group"] for f in fields.values())
-    groups = {title: parser.add_argument_group(title) for title in titles}
+    title = lambda f: "Most used" if f.name in MOST_USED else f.metadata["group"]
+    titles = dict.fromkeys(["Most used", *map(title, fields.values())])
+    groups = {name: parser.add_argument_group(name) for name in titles}
     for name, f in fields.items():
         m, value = f.metadata, defaults[f.name]
         how = dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else dict(
             type=type(f.default), choices=m["choices"], metavar=None if m["choices"] else type(value).__name__.upper())
         text = f"[{m['symbol']}] " * bool(m["symbol"]) + m["text"] + f" (default: {value})" * (value != "")
-        groups[m["group"]].add_argument(name, help=text.replace("%", "%%"), **how)
+        groups[title(f)].add_argument(name, help=text.replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
     if given.get("rating") == "last" and not saved:
         defaults["ucb_lambda"] = 0.0

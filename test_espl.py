@@ -2647,6 +2647,27 @@ def test_a_server_that_stays_down_or_costs_too_much_ends_no_run(world, server, t
         assert "--reflector is reference, current, or http(s)://" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_the_numbers_of_every_iteration(world, tmp_path, monkeypatch, capsys, name):
+    logged = []
+    tracker = SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)))
+    package = type(sys)(name)
+    package.__spec__ = importlib.util.spec_from_loader(name, None)
+    package.init = lambda project, **how: logged.append((project, how)) or tracker
+    monkeypatch.setitem(sys.modules, name, package)
+    run = play(flags(world, tmp_path / "run", iterations=1, track=f"{name}:tests"))
+    (project, how), *lines = logged
+    assert project == "tests" and how["name"] == "run" and how["config"]["batch_size"] == 4 and how["resume"] == "allow"
+    assert [step for step, _ in lines] == [0, 1]
+    for (_, numbers), m in zip(lines, read_lines(run, "metrics.jsonl")):
+        assert numbers == {k: v for k, v in m.items() if isinstance(v, (int, float))} and "val" in numbers
+    package.init = fail
+    assert espl.main(flags(world, tmp_path / "other", track=f"{name}:tests")) == 2
+    assert espl.main(flags(world, tmp_path / "another", track=name)) == 2
+    assert "must be wandb:PROJECT or trackio:PROJECT" in capsys.readouterr().err
+    assert not any((tmp_path / "other").iterdir())                                  # mended, the same command works
+
+
 # ---- what must not end a run, and what must --------------------------------------------------------------------------
 
 
