@@ -87,9 +87,8 @@ from tqdm import tqdm
 
 RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache",
              "reflector_concurrency", "reflector_timeout", "max_reflector_tokens")
-MOST_USED = (  # --help shows them first
-    "task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts", "iterations", "seed",
-    "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")
+MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts",
+             "iterations", "seed", "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
 MATHS = {  # the built-in tasks: (train sets, test sets), each a "data set of the hub:split"
     "aime": ([AIME], ["ByteDance-Seed/BeyondAIME:test"]),
