@@ -84,7 +84,7 @@ from tqdm import tqdm
 # ======================================================================================================================
 
 RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache", "table")
-EVALUABLE = (*RESUMABLE, "eval_only", "eval_best", "run_dir", "test_file", "test_size", "test_samples", "test_greedy",
+EVALUABLE = (*RESUMABLE, "eval_only", "eval_from", "run_dir", "test_file", "test_size", "test_samples", "test_greedy",
              "test_prompt", "temperature", "top_p", "max_new_tokens", "max_tool_calls", "model_parallel")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
 MATHS = {  # the built-in tasks: (train sets, test sets), each a "data set of the hub:split"
@@ -174,7 +174,7 @@ class Config:
     test_prompt: str = flag("best", "Evaluation", "highest mu - lambda sigma, or latest", choices=("best", "latest"))
     table: bool = flag(True, "Evaluation", "at the end: weights before, after x root, tested prompt, on the test set")
     eval_only: bool = flag(False, "Evaluation", "only that table, of --resume's run or of --model; nothing is trained")
-    eval_best: bool = flag(False, "Evaluation", "--eval-only: of the iteration that validation picked, not the last")
+    eval_from: str = flag("checkpoints", "Evaluation", "last of these, or the best", choices=("checkpoints", "best"))
 
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
@@ -2102,6 +2102,8 @@ def timed(run: Run, phase: str):
 
 def start_run(c: Config) -> Run:
     """Load everything, then make (or reopen) the run directory: what is wrong is found before anything is written."""
+    if c.eval_only and c.resume and not any(Path(c.resume, c.eval_from).glob("[0-9]*")):
+        raise UserError(f"there is no checkpoint in {Path(c.resume, c.eval_from)}")
     task = load_task(c)
     policy, chat = load_model(c)
     drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size)
@@ -2423,10 +2425,7 @@ def evaluate_only(run: Run) -> str:
     """--eval-only: the table of a run's checkpoint, or the one cell of a model, with pass@k; returns what to say."""
     c, iteration = run.config, 0
     if c.resume:
-        path = Path(c.resume, "best" if c.eval_best else "checkpoints").absolute()
-        if not any(path.glob("[0-9]*")):
-            raise UserError(f"there is no checkpoint in {path}")
-        with checkpoint_manager(run, str(path), keep=2) as manager:
+        with checkpoint_manager(run, str(Path(c.resume, c.eval_from).absolute()), keep=2) as manager:
             iteration = restore_checkpoint(run, manager)
     m = evaluate(run, iteration, table=True)
     run.append("metrics.jsonl", [m | {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}])
@@ -2502,8 +2501,8 @@ def main(argv: list[str] | None = None) -> int:
         first, last = (rows_for(run.policy, 2**30, cache_length(run.policy, n)) for n in lengths)
         print(f"{'evaluation' if c.eval_only else f'{c.mode}, {last_iteration(run)} iterations,'} on {task.name}: "
               f"{len(task.train)} training, {len(task.val)} validation, {len(task.test)} test problems\n{c.model} "
-              f"({cfg.dtype}, {f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on {len(jax.devices())} "
-              f"{jax.default_backend()} device(s), up to {first} rollouts at once"
+              f"({cfg.dtype}, {f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on "
+              f"{len(jax.devices())} {jax.default_backend()} device(s), up to {first} rollouts at once"
               f"{f', {last} of the longest' * (last < first)}\nwriting {run.directory}", flush=True)
         report = evaluate_only(run) if c.eval_only else train(run) or closing_report(run)
     except UserError as e:
