@@ -85,8 +85,10 @@ from tqdm import tqdm
 # 2. Config: the flags. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
 
-RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache",
+RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache", "table",
              "reflector_concurrency", "reflector_timeout", "max_reflector_tokens")
+EVALUABLE = (*RESUMABLE, "eval_only", "eval_from", "run_dir", "test_file", "test_size", "test_samples", "test_greedy",
+             "test_prompt", "temperature", "top_p", "max_new_tokens", "max_tool_calls", "model_parallel")
 MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts",
              "iterations", "seed", "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
@@ -179,6 +181,9 @@ class Config:
     test_samples: int = flag(10, "Evaluation", "responses to each problem", low=1)
     test_greedy: bool = flag(False, "Evaluation", "also one greedy response to each test problem")
     test_prompt: str = flag("best", "Evaluation", "highest mu - lambda sigma, or latest", choices=("best", "latest"))
+    table: bool = flag(True, "Evaluation", "at the end: weights before, after x root, tested prompt, on the test set")
+    eval_only: bool = flag(False, "Evaluation", "only that table, of --resume's run or of --model; nothing is trained")
+    eval_from: str = flag("checkpoints", "Evaluation", "last of these, or the best", choices=("checkpoints", "best"))
 
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
@@ -202,7 +207,7 @@ def train(run: Run) -> None:
             run.tokens.clear()
             m = espl_iteration(run, iteration) if iteration else {"iteration": 0}
             if iteration % c.eval_every == 0 or iteration == last:
-                m |= evaluate(run, iteration)
+                m |= evaluate(run, iteration, table=c.table and iteration == last)
             write_logs(run, m)
             print_line(run, m)
             if iteration % c.save_every == 0 or iteration == last:
@@ -308,14 +313,17 @@ class Group:
 
 def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], split: str, iteration: int) -> list[Group]:
     """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl; split is
-    train, val, test, or test_greedy, which is decoded greedily."""
+    train, val, test, test_greedy (decoded greedily), test_before (of pi_ref) or test_after, these with test's seeds."""
     c, chat = run.config, run.chat
     prompts = [chat.ids(system_text(run.task, s.principles), x.question) for s, x, _ in pairs]
     sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens,
-                        run.seed(f"{split}/{iteration}"), f"sampling {split}")
+                        run.seed(f"{split.partition('_')[0]}/{iteration}"), f"sampling {split}")
+    theta = run.policy.theta_ref if split == "test_before" else run.policy.theta
     with timed(run, "sample" if split == "train" else "evaluate"):
-        responses = generate(run.policy, run.policy.theta, prompts, [n for _, _, n in pairs], sampling,
+        responses = generate(run.policy, theta, prompts, [n for _, _, n in pairs], sampling,
                              partial(answer_call, run, prompts) if run.task.tools else None)
+    run.tokens["rollouts" if split == "train" else "evaluation"] += sum(
+        p is not None for group in responses for y in group for p in y.logprobs)  # what tools said was not sampled
     with timed(run, "grade" if split == "train" else "evaluate"):
         last_turns = [(x, final_text(chat.text(y.tokens[y.turn:], y.tokens[:y.turn] or prompt)))
                       for (_, x, _), prompt, group in zip(pairs, prompts, responses) for y in group]
@@ -1733,7 +1741,7 @@ def task_file(name: str) -> dict[str, Any]:
         return {}
     if name in MATHS:
         read = lambda file, names: [] if file else [x for data_set in names for x in read_hub(data_set)]
-        return {"problems": lambda c: list(map(read, (c.train_file, c.test_file), MATHS[name]))}
+        return {"problems": lambda c: list(map(read, (c.train_file or c.eval_only, c.test_file), MATHS[name]))}
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / "tasks" / f"{name}.py"
     if not path.is_file():
         raise UserError(f"--task {name}: there is no {path}; get the folder tasks/, or choose of {', '.join(MATHS)}")
@@ -1747,11 +1755,13 @@ def load_task(c: Config) -> Task:
     with explained(f"task {c.task}: its texts, tools or problems fail"):
         texts = read_prompts(c.prompts_file or DEFAULT_PROMPTS, Path(c.task).stem, own.get("PROMPTS", ""))
         tools = own["tools"](c) if "tools" in own else {}
-        made = own["problems"](c) if "problems" in own and not (c.train_file and c.test_file) else ([], [])
+        given = c.test_file and (c.train_file or c.eval_only)
+        made = own["problems"](c) if "problems" in own and not given else ([], [])
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
     rng, parts, seen = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), [], set()
-    for file, records, flag_name in (c.test_file, made[1], "--test-file"), (c.train_file, made[0], "--train-file"):
+    sources = [(c.test_file, made[1], "--test-file"), (c.train_file, made[0], "--train-file")]
+    for file, records, flag_name in sources[: 1 if c.eval_only else 2]:
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
         new = {x.question: x for x in reversed(found) if x.question not in seen}  # of duplicates the first
         if not new:
@@ -1759,12 +1769,12 @@ def load_task(c: Config) -> Task:
             raise UserError(f"there is no problem in {where}; choose another {flag_name}")
         parts.append(list(new.values())[::-1])
         seen |= new.keys()  # never train on a test problem
-    test, train = parts
+    test, train = (*parts, [])[:2]
     test = [test[i] for i in sorted(rng(b"test").permutation(len(test))[: c.test_size or None])]
     train = [train[i] for i in rng(b"split").permutation(len(train))[: c.train_size]]
     held = min(c.val_size, len(train) // 5)
-    return Task(Path(c.task or c.train_file).stem, train[held:], train[:held], test, texts, own.get("reward"),
-                own.get("parse", parse_operations), tools)
+    return Task(Path(c.task or c.train_file or c.test_file).stem, train[held:], train[:held], test, texts,
+                own.get("reward"), own.get("parse", parse_operations), tools)
 
 
 def to_problem(record: Any, where: str) -> Problem:
@@ -2136,6 +2146,8 @@ def timed(run: Run, phase: str):
 def start_run(c: Config) -> Run:
     """Load everything, then make (or reopen) the run directory: what is wrong is found before anything is written."""
     external(c)  # finds mistakes
+    if c.eval_only and c.resume and not any(Path(c.resume, c.eval_from).glob("[0-9]*")):
+        raise UserError(f"there is no checkpoint in {Path(c.resume, c.eval_from)}")
     task = load_task(c)
     policy, chat = load_model(c)
     drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size)
@@ -2144,11 +2156,12 @@ def start_run(c: Config) -> Run:
     optimizer = optax.apply_if_finite(optimizer, 2**30)  # one infinite gradient must not end a week's run
     trainer = Trainer(policy, optimizer, adam_init(optimizer, policy.theta),
                       Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef), c.microbatch_tokens)
-    c.run_dir = c.run_dir or f"runs/{task.name}-{c.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{c.resume}/eval" if c.resume else f"runs/{task.name}-{'eval' if c.eval_only else c.mode}"
+    c.run_dir = c.run_dir or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(c.run_dir)
     with explained(f"cannot write --run-dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-        if not c.resume and any(directory.iterdir()):
+        if (c.eval_only or not c.resume) and any(directory.iterdir()):
             raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
         tracker = start_tracker(c)
         write_whole(directory / "config.json", json.dumps(dataclasses.asdict(c) | {"resume": ""}, indent=1))
@@ -2310,21 +2323,49 @@ def tested_prompt(run: Run) -> SystemPrompt:
     return max(pool, key=lambda s: (s.mu - c.ucb_lambda * s.sigma, bool(s.history), s.id))  # of equals who competed
 
 
-def evaluate(run: Run, iteration: int) -> dict:
-    """Score the tested prompt with pi_theta on validation and test problems; keep the weights if validation is best."""
-    s, n = tested_prompt(run), run.config.test_samples
+def score(run: Run, s: SystemPrompt, problems: list[Problem], split: str, iteration: int) -> dict[str, list[float]]:
+    """Mean reward and unbiased pass@k (Chen et al., 2021) on each problem, of prompt s and the weights of the split."""
+    n = 1 if split == "test_greedy" else run.config.test_samples
+    groups = sample_groups(run, [(s, x, n) for x in problems], split, iteration)
+    chance = lambda g, k: 1 - math.comb(n - g.outcomes.count("correct"), k) / math.comb(n, k)
+    return {"reward": [g.value for g in groups]} | {
+        f"pass@{k}": [chance(g, k) for g in groups] for k in sorted({n} | {2**i for i in range(n.bit_length())})}
+
+
+def make_table(run: Run, iteration: int, s: SystemPrompt, scores: dict[str, list[float]]) -> dict[str, dict]:
+    """{measure: {cell or gain: [mean, low, high]}} on the test set: weights before and after training x root and tested
+    prompt s, with 95 % bootstrap intervals over the problems. scores: of the last cell, which is known. Cells that are
+    equal by construction (frozen weights; s is the root) are there once."""
+    trained, found = run.config.mode in ("espl", "rl") and iteration > 0, {}
+    for w in ("before", "after")[: 1 + trained]:
+        for p in (run.population[0], s)[: 1 + (s.id > 0)]:
+            known = p is s and (w == "after") == trained
+            values = scores if known else score(run, p, run.task.test, f"test_{w}", iteration)
+            found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
+    gains = {"prompt alone": ("before, best", "before, root"), "weights alone": ("after, root", "before, root"),
+             "both": ("after, best", "before, root"), "interaction": ("both", "prompt alone", "weights alone")}
+    for gain, (whole, *parts) in gains.items():
+        if {whole, *parts} <= found.keys():
+            found[gain] = found[whole] - sum(found[part] for part in parts)
+    x, rng = np.array(list(found.values())), np.random.default_rng(0)  # one draw of problems for all cells: paired
+    means = [x[:, :, rng.integers(x.shape[2], size=x.shape[2])].mean(2) for _ in range(2000)]
+    stats = np.stack([x.mean(2), *np.quantile(means, (0.025, 0.975), axis=0)], -1).tolist()
+    return {measure: {name: row[i] for name, row in zip(found, stats)} for i, measure in enumerate(scores)}
+
+
+def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
+    """Score the tested prompt with pi_theta, and the 2 x 2 table if asked; keep the weights if validation is best."""
+    s = tested_prompt(run)
     result = {"iteration": iteration, "prompt": s.id}
     for split, problems in (("val", run.task.val), ("test", run.task.test)):
-        groups = sample_groups(run, [(s, x, n) for x in problems], split, iteration)
-        if groups:
-            result[split] = float(np.mean([g.value for g in groups]))
-            for k in sorted({k for k in (1, 2, 4, 8, n) if k <= n}):  # unbiased (Chen et al., 2021)
-                chances = [1 - math.comb(n - g.outcomes.count("correct"), k) / math.comb(n, k) for g in groups]
-                result[f"{split}_pass@{k}"] = float(np.mean(chances))
+        if problems:
+            scores = score(run, s, problems, split, iteration)  # at last those of the test set
+            result |= {f"{split}_{name}".removesuffix("_reward"): float(np.mean(x)) for name, x in scores.items()}
             s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
     if run.config.test_greedy:
-        groups = sample_groups(run, [(s, x, 1) for x in run.task.test], "test_greedy", iteration)
-        result["test_greedy"] = float(np.mean([g.value for g in groups]))
+        result["test_greedy"] = float(np.mean(score(run, s, run.task.test, "test_greedy", iteration)["reward"]))
+    if table:
+        result["table"] = make_table(run, iteration, s, scores)
     run.evaluations.append(result)
     if "val" in result and max(run.evaluations, key=lambda e: e["val"]) is result:  # the first of equals
         with checkpoint_manager(run, "best", keep=1) as manager:
@@ -2390,21 +2431,21 @@ def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[
     """What metrics.jsonl says of an iteration's rollouts and ratings (docs/metrics.md)."""
     groups = [g for row in groups_MB for g in row]
     responses, outcomes = [y for g in groups for y in g.responses], [o for g in groups for o in g.outcomes]
-    tokens = sum(p is not None for y in responses for p in y.logprobs)  # sampled ones
     tools = {"tool_calls": float(np.mean([y.calls for y in responses])),
              "too_many_calls": sum(y.stop == "calls" for y in responses) / len(responses)} if run.task.tools else {}
     return {"reward_mean": float(np.mean([r for g in groups for r in g.rewards])),
             "rewards": {s.id: v for s, v in zip(prompts_M, values_M)},
             "ratings": {s.id: [s.mu, s.sigma] for s in run.population[-run.config.window:]},
             "contrast_groups": sum(g.contrast for g in groups) / len(groups),
-            "response_tokens": tokens / len(responses),
+            "response_tokens": run.tokens["rollouts"] / len(responses),
             "truncated": sum(y.stop == "length" for y in responses) / len(responses),
-            "outcomes": dict(Counter(outcomes)), "rollout_tokens_per_second": tokens / run.seconds["sample"]} | tools
+            "outcomes": dict(Counter(outcomes)),
+            "rollout_tokens_per_second": run.tokens["rollouts"] / run.seconds["sample"]} | tools
 
 
 def write_logs(run: Run, m: dict) -> None:
     """The iteration's line of metrics.jsonl, population.json, and the pictures, of quick runs only at the end."""
-    m |= {"seconds": dict(run.seconds), "tokens": dict(run.tokens)}
+    m |= {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}
     run.append("metrics.jsonl", [m])
     try:
         if run.tracker:
@@ -2451,6 +2492,18 @@ def summary(evaluations: list[dict]) -> dict[str, dict]:
     return {"base model": first, "final": final, "mean of last 5": mean} | picked  # the first of equals
 
 
+def table_text(table: dict[str, dict], prompt: int, measure: str) -> str:
+    """One measure of `make_table`'s table, as on the screen."""
+    head = "root prompt".rjust(28) + f"prompt {prompt}".rjust(28) * ("before, best" in table[measure])
+    rows = {f"{measure} (95 % interval over problems)": head}
+    for name, values in table[measure].items():
+        weights, cell, _ = name.partition(", ")
+        title = f"weights {weights} training" if cell else f"gain: {name}"
+        form = "{:.3f} ({:.3f} to {:.3f})" if cell else "{:+.3f} ({:+.3f} to {:+.3f})"
+        rows[title] = rows.get(title, "") + form.format(*values).rjust(28)
+    return "\n".join(title.ljust(42) + cells for title, cells in rows.items())
+
+
 def closing_report(run: Run) -> str:
     """What a run ends with: the scores on the test set, the tested prompt, and where the files are."""
     c, s = run.config, tested_prompt(run)
@@ -2460,8 +2513,23 @@ def closing_report(run: Run) -> str:
     for name, row in summary(run.evaluations).items():
         name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
         lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
+    if table := run.evaluations[-1].get("table"):
+        lines += ["", table_text(table, s.id, "reward")]
     return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}",
                       re.sub("^", "    ", listing(numbered(s.principles)), flags=re.M), "", f"files: {run.directory}"])
+
+
+def evaluate_only(run: Run) -> str:
+    """--eval-only: the table of a run's checkpoint, or the one cell of a model, with pass@k; returns what to say."""
+    c, iteration = run.config, 0
+    if c.resume:
+        with checkpoint_manager(run, str(Path(c.resume, c.eval_from).absolute()), keep=2) as manager:
+            iteration = restore_checkpoint(run, manager)
+    m = evaluate(run, iteration, table=True)
+    run.append("metrics.jsonl", [m | {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}])
+    head = f"iteration {iteration}: {c.test_samples} responses at T = {c.temperature:g} to each test problem"
+    blocks = [table_text(m["table"], m["prompt"], measure) for measure in m["table"]]
+    return "\n\n".join([head, *blocks, f"files: {run.directory}"])
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -2477,7 +2545,7 @@ def parse_args(argv: list[str]) -> Config:
     if named.resume:
         path = Path(named.resume) / "config.json"
         with explained(f"cannot read {path}", "--resume takes an earlier run's directory"):
-            saved = json.loads(path.read_text()) | {"run_dir": named.resume}
+            saved = json.loads(path.read_text()) | {"run_dir": "" if "--eval-only" in argv else named.resume}
             named.task = saved["task"]
     elif not (named.task or named.train_file or named.test_file):
         named.task = "glyphs"
@@ -2506,7 +2574,7 @@ def parse_args(argv: list[str]) -> Config:
         defaults["ucb_lambda"] = 0.0
     for name, f in fields.items():
         value, m = (defaults | given)[f.name], f.metadata
-        if saved and f.name not in RESUMABLE and value != defaults[f.name]:
+        if saved and f.name not in (EVALUABLE if given.get("eval_only") else RESUMABLE) and value != defaults[f.name]:
             raise UserError(f"{name} cannot change when resuming; start a new run")
         types = (int, float) if isinstance(f.default, float) else type(f.default)
         if not isinstance(value, types) or m["choices"] and value not in m["choices"]:  # of a task file's DEFAULTS
@@ -2527,23 +2595,23 @@ def main(argv: list[str] | None = None) -> int:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
         run = start_run(c)
         task, cfg = run.task, run.policy.cfg
-        prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train]
+        prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train or task.test]
         lengths = max(map(len, prompts)), min(max(map(len, prompts)) + c.max_new_tokens, run.policy.context)
         first, last = (rows_for(run.policy, 2**30, cache_length(run.policy, n)) for n in lengths)
-        print(f"{c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
-              f"problems, {last_iteration(run)} iterations\n{c.model} ({cfg.dtype}, "
-              f"{f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on {len(jax.devices())} "
-              f"{jax.default_backend()} device(s), up to {first} rollouts at once"
+        print(f"{'evaluation' if c.eval_only else f'{c.mode}, {last_iteration(run)} iterations,'} on {task.name}: "
+              f"{len(task.train)} training, {len(task.val)} validation, {len(task.test)} test problems\n{c.model} "
+              f"({cfg.dtype}, {f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on "
+              f"{len(jax.devices())} {jax.default_backend()} device(s), up to {first} rollouts at once"
               f"{f', {last} of the longest' * (last < first)}\nwriting {run.directory}", flush=True)
-        train(run)
+        report = evaluate_only(run) if c.eval_only else train(run) or closing_report(run)
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = f"; continue with: python espl.py --resume {run.directory}" if run else ""
+        again = f"; continue with: python espl.py --resume {run.directory}" if run and not c.eval_only else ""
         print(f"\nespl: interrupted{again}", file=sys.stderr)
         return 130
-    print(closing_report(run))
+    print(report)
     return 0
 
 

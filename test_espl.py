@@ -2138,6 +2138,61 @@ def test_pass_at_k_is_the_share_of_lucky_subsets(n, monkeypatch):
             assert result[f"test_pass@{k}"] == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
+# ---- the 2 x 2 table ----
+
+
+@pytest.mark.parametrize("mode, tested, trained", [
+    ("espl", 1, True), ("espl", 0, True), ("espl", 1, False), ("rl", 0, True), ("evolution", 1, True),
+    ("evolution", 0, True)])
+def test_the_table_is_brute_force_arithmetic_over_its_cells(mode, tested, trained, monkeypatch):
+    """Cells that exist are sampled once each; gains and their intervals are those of paired problems."""
+    from scipy.stats import bootstrap
+    rng, sampled = np.random.default_rng(0), []
+    solved = rng.random((2, 2, 40, 4)) < rng.choice([0.1, 0.9], (40, 1))  # of [weights, prompt, problem, response]
+
+    def sample_groups(run, pairs, split, iteration):
+        sampled.append((split, pairs[0][0].id))
+        before = split == "test_before" or mode == "evolution" or not trained
+        found = [solved[0 if before else 1, s.id, int(x.id)] for s, x, n in pairs if n == 4]
+        return [espl.Group(x, [], list(map(float, r)), ["correct" if y else "wrong" for y in r])
+                for r, (_, x, _) in zip(found, pairs)]
+
+    monkeypatch.setattr(espl, "sample_groups", sample_groups)
+    population = population_of((25, 8), (25, 1))[: tested + 1]
+    run = SimpleNamespace(config=espl.Config(mode=mode, test_samples=4), population=population, evaluations=[],
+                          task=SimpleNamespace(val=[], test=[espl.Problem(str(i), "", ()) for i in range(40)]))
+    result = espl.evaluate(run, int(trained), table=True)
+    table, weights = result["table"], ["before", "after"][: 1 + (mode != "evolution" and trained)]
+    names = [f"{w}, {p}" for w in weights for p in ["root", "best"][: 1 + tested]]
+    assert len(sampled) == len(set(sampled)) == len(names) and sampled[0] == ("test", tested)
+    assert list(table) == ["reward", "pass@1", "pass@2", "pass@4"] and table["reward"] == table["pass@1"]
+    for measure, n in (("reward", 1), ("pass@2", 2), ("pass@4", 4)):  # one of n solves it
+        cell = {f"{w}, {p}": np.mean([list(map(any, itertools.combinations(r, n))) for r in solved[i, k]], 1)
+                for i, w in enumerate(["before", "after"]) for k, p in enumerate(["root", "best"])}
+        expected = {name: cell[name] for name in names}
+        if tested:
+            expected["prompt alone"] = cell["before, best"] - cell["before, root"]
+        if len(weights) == 2:
+            expected["weights alone"] = cell["after, root"] - cell["before, root"]
+        if len(names) == 4:
+            expected["both"] = cell["after, best"] - cell["before, root"]
+            expected["interaction"] = (cell["after, best"] - cell["before, best"]) - (
+                cell["after, root"] - cell["before, root"])
+        assert table[measure].keys() == expected.keys()
+        for name, x in expected.items():
+            interval = bootstrap([x], np.mean, method="percentile", n_resamples=4000, random_state=1)
+            mean, low, high = table[measure][name]
+            assert mean == pytest.approx(x.mean())
+            assert [low, high] == pytest.approx(list(interval.confidence_interval), abs=0.026)
+    assert result["test"] == table["reward"][names[-1]][0]
+    text = espl.table_text(table, 7, "pass@2").split("\n")
+    assert len(text) == 1 + len(weights) + len(expected) - len(names)
+    assert "root prompt" in text[0] and ("prompt 7" in text[0]) == bool(tested)
+    shown = [float(x) for line in text[1:] for x in re.findall(r"[+-]?\d\.\d{3}", line)]
+    assert shown == pytest.approx([x for values in table["pass@2"].values() for x in values], abs=6e-4)
+
+
+
 # ======================================================================================================================
 # 3. Grading: expected verdicts are worked out by hand, never by the grader
 # ======================================================================================================================
@@ -2406,6 +2461,9 @@ def test_run_directory(run_of, mode):
         assert m["response_tokens"] == pytest.approx(np.mean([r["tokens"] for r in made]))
         assert m["truncated"] == pytest.approx(np.mean([r["stop"] == "length" for r in made]))
         assert m["outcomes"] == Counter(r["outcome"] for r in made)
+        assert m["tokens"].get("rollouts", 0) == sum(r["tokens"] for r in made) > 0
+        assert m["tokens"].get("evaluation", 0) == sum(
+            r["tokens"] for r in rollouts if r["iteration"] == m["iteration"] and r["split"] != "train")
     assert 0 < np.mean([m["reward_mean"] for m in lines[1:]]) < 1  # else these tests would show nothing
 
 
@@ -2432,6 +2490,88 @@ def test_what_learns(run_of, mode):
     assert mode != "evolution" or {s["operation"] for s in prompts} == {"root", "mutation", "crossover"}
     assert all(h["value"] == lines[h["iteration"]]["rewards"][str(s["id"])] for s in prompts for h in s["history"])
     assert any(m.get("dropped", {}).get("unknown operation") for m in lines)        # "add" in a revision plan
+
+
+@pytest.mark.parametrize("mode", espl.MODES)
+def test_the_last_line_has_the_table_of_the_rollouts(run_of, mode):
+    lines, rollouts = metrics(run_of(mode)), read_lines(run_of(mode), "rollouts.jsonl")
+    assert ["table" in m for m in lines] == [False, False, False, True]
+    table, tested = lines[-1]["table"], lines[-1]["prompt"]
+    assert tested or mode != "reflection"                                           # the newest prompt is tested
+    cells = [name for name in table["reward"] if ", " in name]
+    assert len(cells) == (1 + (mode in ("espl", "rl"))) * (1 + (tested > 0))
+    for name in cells:
+        w, _, p = name.partition(", ")
+        split, prompt = "test" if name == cells[-1] else f"test_{w}", tested if p == "best" else 0
+        rewards = [r["reward"] for r in rollouts if (r["split"], r["prompt"], r["iteration"]) == (split, prompt, 3)]
+        assert len(rewards) == 6 and table["reward"][name][0] == pytest.approx(np.mean(rewards))
+    assert f"\n{espl.table_text(table, tested, 'reward')}\n" in espl.closing_report(run_of(mode))
+
+
+def test_cells_of_the_table_share_their_seeds_and_differ_in_weights(run_of):
+    run, rollouts = run_of("rl"), read_lines(run_of("rl"), "rollouts.jsonl")
+    prompts = [run.chat.ids(espl.system_text(run.task, []), x.question) for x in run.task.test]
+    found = []
+    for split, theta in (("test_before", run.policy.theta_ref), ("test", run.policy.theta)):
+        groups = espl.generate(run.policy, theta, prompts, [2] * 3, espl.Sampling(1.0, 1.0, 12, run.seed("test/3")))
+        found += [[run.chat.text(y.tokens, prompt) for prompt, group in zip(prompts, groups) for y in group]]
+        assert found[-1] == [r["response"] for r in rollouts if (r["split"], r["iteration"]) == (split, 3)]
+    assert found[0] != found[1]
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def test_eval_only(world, run_of, tmp_path, capsys):
+    """Of a run: the table that it ended with, or another one, and the run's files stay as they are."""
+    run = run_of("espl")
+    before, resume = contents(run.directory), ["--eval-only", "--resume", run.directory]
+    again = play([*resume, "--run-dir", tmp_path / "again"])
+    assert [m["table"] for m in metrics(again)] == [metrics(run)[-1]["table"]]
+    assert equal(again.policy.theta, run.policy.theta) and len(again.task.train + again.task.val) == 0
+    assert espl.table_text(metrics(again)[0]["table"], metrics(run)[-1]["prompt"], "pass@2") in capsys.readouterr().out
+    other = file(tmp_path, *({"problem": f"problem w{i}", "answer": i % 4} for i in range(5)))
+    more = play([*resume, "--run-dir", tmp_path / "more", "--test-file", other, "--test-prompt", "latest",
+                 "--test-samples", 5, "--temperature", 0.8, "--max-new-tokens", 4])
+    [m], rollouts, latest = metrics(more), read_lines(more, "rollouts.jsonl"), run.population[-1].id
+    assert set(m["table"]) == {"reward", "pass@1", "pass@2", "pass@4", "pass@5"} and m["prompt"] == latest > 0
+    cells = {"before, root": ("test_before", 0), "before, best": ("test_before", latest),
+             "after, root": ("test_after", 0), "after, best": ("test", latest)}
+    for name, cell in cells.items():
+        rewards = [r["reward"] for r in rollouts if (r["split"], r["prompt"]) == cell]
+        assert len(rewards) == 25 and m["table"]["reward"][name][0] == pytest.approx(np.mean(rewards))
+    assert len(m["table"]["reward"]) == 8 and len(rollouts) == 100 and max(r["tokens"] for r in rollouts) == 4
+    assert m["tokens"] == {"evaluation": sum(r["tokens"] for r in rollouts)}
+    assert contents(run.directory) == before
+    best = play([*resume, "--eval-from", "best"])                                   # by default in RUN/eval-<time>
+    [m], picked, after = metrics(best), espl.summary(run.evaluations)["picked by validation"], contents(run.directory)
+    assert (m["iteration"], m["prompt"], m["test"]) == tuple(picked[k] for k in ("iteration", "prompt", "test"))
+    assert {path: after[path] for path in before} == before and best.directory.parent == run.directory
+    assert {path.parent for path in after.keys() - before.keys()} == {best.directory}
+    shutil.rmtree(best.directory)
+
+
+def test_eval_only_of_a_model(world, tmp_path, capsys):
+    """A baseline: no run, no training problems, one cell."""
+    kept = dict(train_file=None, run_dir=tmp_path / "run", test_samples=3)
+    run = play([*flags(world, **{"directory": None} | kept), "--eval-only"])
+    [m], rollouts = metrics(run), read_lines(run, "rollouts.jsonl")
+    assert list(m["table"]["reward"]) == ["before, root"] and (m["iteration"], m["prompt"]) == (0, 0)
+    mean = np.mean([r["reward"] for r in rollouts])
+    assert m["table"]["reward"]["before, root"][0] == m["test"] == pytest.approx(mean)
+    assert len(rollouts) == 9 and {r["split"] for r in rollouts} == {"test"}
+    assert "evaluation on test: 0 training, 0 validation, 3 test problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--batch-size", 5], "--batch-size cannot change"), (["--seed", 5], "--seed cannot change"),
+    ([], "there is no checkpoint in .*checkpoints"), (["--eval-from", "best"], "there is no checkpoint in .*best")])
+def test_bad_eval_only(run_of, tmp_path, capsys, more, message):
+    shutil.copy(run_of("rl").directory / "config.json", tmp_path)
+    assert espl.main([str(a) for a in ["--eval-only", "--resume", tmp_path, *more]]) == 2
+    assert re.search(f"espl: error: .*{message}.*\n", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_missing_prompts_leave_their_rollouts_to_the_others(run_of):
@@ -3653,7 +3793,7 @@ GLYPH_RUNS = [["--mode", mode] for mode in espl.MODES] + [
 def test_glyphs_run_like_any_task(tmp_path, capsys, changes):
     argv = ["--run-dir", str(tmp_path / "run"), "--iterations", "2", "--batch-size", "4", "--p-crossover", "1",
             "--max-new-tokens", "12", "--reflect-problems", "3", "--train-size", "20", "--test-size", "5",
-            "--compile-cache", ""]
+            "--compile-cache", "", "--no-table"]
     assert espl.main([*argv, *changes]) == 0
     out = capsys.readouterr().out
     table = r"mean reward on 5 test problems +T = 1 +greedy\nbase model: iteration 0, prompt 0 +\d\.\d{3} +\d\.\d{3}\n"
