@@ -248,16 +248,6 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
 
 
-def side_by_side(run: Run, learn: Callable[[], dict], evolve: Callable[[], dict]) -> tuple[dict, dict]:
-    """Both results. evolve waits for a server, in a thread; the seconds saved are noted as a negative "overlap"."""
-    start = time.perf_counter()
-    with ThreadPool(1) as pool:  # of a daemon: an interrupted run need not wait for the server
-        job = pool.apply_async(evolve)
-        results = learn(), job.get()
-    run.seconds["overlap"] = time.perf_counter() - start - run.seconds["update"] - run.seconds["reflect"]
-    return results
-
-
 def breed(run: Run, tournament: Tournament, iteration: int) -> dict:
     """Append the children of this iteration's prompts to the population (Alg. 1, lines 13-21); returns the log."""
     c, log = run.config, {"best": tournament.prompts[tournament.best].id, "children": {}, "no_child": {}}
@@ -2270,6 +2260,16 @@ def external(c: Config) -> bool:
     if not importlib.util.find_spec("openai"):
         raise UserError("--reflector URL needs the package of the protocol: pip install openai")
     return True
+
+
+def side_by_side(run: Run, learn: Callable[[], dict], evolve: Callable[[], dict]) -> tuple[dict, dict]:
+    """Both results. evolve waits for a server, in a thread; the seconds saved are noted as a negative "overlap"."""
+    start = time.perf_counter()
+    with ThreadPool(1) as pool:  # of a daemon: an interrupted run need not wait for the server
+        job = pool.apply_async(evolve)
+        results = learn(), job.get()
+    run.seconds["overlap"] = time.perf_counter() - start - run.seconds["update"] - run.seconds["reflect"]
+    return results
 
 
 def ask_server(run: Run, prompts: list[str], seed: int) -> list[str]:
