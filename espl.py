@@ -2340,8 +2340,9 @@ def make_table(run: Run, iteration: int, s: SystemPrompt, scores: dict[str, list
     for w in ("before", "after")[: 1 + trained]:
         for p in (run.population[0], s)[: 1 + (s.id > 0)]:
             known = p is s and (w == "after") == trained
-            values = scores if known else score(run, p, run.task.test, f"test_{w}", iteration)
-            found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
+            if known or run.config.table:  # with --eval-only, --no-table is for the last cell alone
+                values = scores if known else score(run, p, run.task.test, f"test_{w}", iteration)
+                found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
     gains = {"prompt alone": ("before, best", "before, root"), "weights alone": ("after, root", "before, root"),
              "both": ("after, best", "before, root"), "interaction": ("both", "prompt alone", "weights alone")}
     for gain, (whole, *parts) in gains.items():
@@ -2494,7 +2495,9 @@ def summary(evaluations: list[dict]) -> dict[str, dict]:
 
 def table_text(table: dict[str, dict], prompt: int, measure: str) -> str:
     """One measure of `make_table`'s table, as on the screen."""
-    head = "root prompt".rjust(28) + f"prompt {prompt}".rjust(28) * ("before, best" in table[measure])
+    titles = {"root": "root prompt", "best": f"prompt {prompt}"}
+    prompts = dict.fromkeys(name.partition(", ")[2] for name in table[measure])
+    head = "".join(titles[p].rjust(28) for p in prompts if p)
     rows = {f"{measure} (95 % interval over problems)": head}
     for name, values in table[measure].items():
         weights, cell, _ = name.partition(", ")

@@ -2513,7 +2513,8 @@ def test_cells_of_the_table_share_their_seeds_and_differ_in_weights(run_of):
     prompts = [run.chat.ids(espl.system_text(run.task, []), x.question) for x in run.task.test]
     found = []
     for split, theta in (("test_before", run.policy.theta_ref), ("test", run.policy.theta)):
-        groups = espl.generate(run.policy, theta, prompts, [2] * 3, espl.Sampling(1.0, 1.0, 12, run.seed("test/3")))
+        with jax.set_mesh(run.policy.mesh):
+            groups = espl.generate(run.policy, theta, prompts, [2] * 3, espl.Sampling(1, 1, 12, run.seed("test/3")))
         found += [[run.chat.text(y.tokens, prompt) for prompt, group in zip(prompts, groups) for y in group]]
         assert found[-1] == [r["response"] for r in rollouts if (r["split"], r["iteration"]) == (split, 3)]
     assert found[0] != found[1]
@@ -2544,6 +2545,10 @@ def test_eval_only(world, run_of, tmp_path, capsys):
     assert len(m["table"]["reward"]) == 8 and len(rollouts) == 100 and max(r["tokens"] for r in rollouts) == 4
     assert m["tokens"] == {"evaluation": sum(r["tokens"] for r in rollouts)}
     assert contents(run.directory) == before
+    last = play([*resume, "--run-dir", tmp_path / "last", "--no-table", "--test-prompt", "latest"])
+    cell = metrics(last)[0]["table"]["reward"]
+    assert list(cell) == ["after, best"] and len(read_lines(last, "rollouts.jsonl")) == 6
+    assert espl.table_text({"reward": cell}, latest, "reward").split("\n")[0].split()[-2:] == ["prompt", str(latest)]
     best = play([*resume, "--eval-from", "best"])                                   # by default in RUN/eval-<time>
     [m], picked, after = metrics(best), espl.summary(run.evaluations)["picked by validation"], contents(run.directory)
     assert (m["iteration"], m["prompt"], m["test"]) == tuple(picked[k] for k in ("iteration", "prompt", "test"))
@@ -3947,6 +3952,25 @@ def test_the_laboratorys_statistics(lab):
     for bad in ("0", "x", "3-1", "1,", "-2"):
         with pytest.raises(espl.UserError, match="--seeds"):
             lab.seed_list(bad)
+
+
+def test_the_laboratorys_2_x_2_table(lab):
+    """Over seeds, one of which has no evolved prompt; modes without the other row or column have empty cells."""
+    full = {"before, root": [0.2, 0.3, 0.1], "before, best": [0.4, 0.6, None], "after, root": [0.3, 0.3, 0.6],
+            "after, best": [0.9, 0.7, None], "interaction": [0.4, 0.1, None]}
+    ends = lambda *names: [[{}, {"table": {name: full[name][i] for name in names if full[name][i] is not None}}]
+                           for i in range(3)]
+    section = {"curves": {"espl": ends(*full), "rl": ends("before, root", "after, root"),
+                          "evolution": ends("before, root"), "reflection": [[{"test": 0.0}]]}}
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lab.gains_tables(section).split("\n")[2:]]
+    assert rows == [["weights before, root prompt", "0.200 +- 0.100", "", "0.200 +- 0.100", "0.200 +- 0.100"],
+                    ["weights before, best prompt", "", "", "", "0.500 +- 0.141"],
+                    ["weights after, root prompt", "0.400 +- 0.173", "", "", "0.400 +- 0.173"],
+                    ["weights after, best prompt", "", "", "", "0.800 +- 0.141"],
+                    ["gain: interaction", "", "", "", "0.250 +- 0.212"]]
+    text = lab.cells_tables(section)
+    assert "| weights after training | 0.400 +- 0.173 | 0.800 +- 0.141 |" in text
+    assert text.endswith("0.250 +- 0.212 more than the sum of the two.")
 
 
 def test_perfect_prompts_solve_every_problem(lab, tmp_path):
