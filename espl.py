@@ -58,7 +58,7 @@ import traceback
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -221,7 +221,8 @@ def espl_iteration(run: Run, iteration: int) -> dict:
         k = argmax(values_M, rng)                                                       # line 12
         with timed(run, "reflect"):
             reflect = partial(ask, run, iteration, Counter())                           # lines 13-21
-            evolution = breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng), iteration)
+            evolution = breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng,
+                                              run.chat.control, run.task.texts), iteration)
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
 
 
@@ -409,6 +410,8 @@ class Tournament:
     parse: Callable[[str], list[dict] | None]          # operations in a reply; None: unreadable
     config: Config
     rng: np.random.Generator | None = None             # the iteration's own
+    control: re.Pattern | None = None                  # could leave its turn when tokenised (None: CONTROL)
+    texts: dict[str, str] = field(default_factory=dict)  # the task's; no principle may repeat what a request says
     unread: int = 0                                    # replies that could not be read, even when asked again
     dropped: Counter = field(default_factory=Counter)  # operations, by what was wrong with them
 
@@ -441,7 +444,7 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         for g in groups])
     proposals = []
     for ops in critiques:
-        good = [op for op in ops or [] if valid(op, ("add", "modify"), current, problems, c, r.dropped)]
+        good = [op for op in ops or [] if valid(op, ("add", "modify"), current, problems, r)]
         r.dropped.update({"beyond K_ops": max(0, len(good) - c.max_operations)})
         proposals += good[: c.max_operations]
     if not proposals:
@@ -452,7 +455,7 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
     [plan] = r.operations("aggregate", [slots])
     if plan is None:
         raise NoChild("the revision plan did not parse; raise --reflect-tokens or give --no-thinking")
-    return apply_operations(candidates, plan, ("modify", "merge"), problems, c, r.dropped), [parent]
+    return apply_operations(candidates, plan, ("modify", "merge"), problems, r), [parent]
 
 
 def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
@@ -471,9 +474,8 @@ def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         crossover_slots(sets, [(letters[i], b, problems[b]) for i in wins for b in wins[i]])])
     if ops is None:
         raise NoChild("the reply did not parse")
-    principles = apply_operations(numbered(prompts[r.best].principles, "A."), ops, ("add", "modify", "remove"),
-                                  problems, r.config, r.dropped)
-    return principles, [prompts[i] for i in wins]
+    set_a, kinds = numbered(prompts[r.best].principles, "A."), ("add", "modify", "remove")
+    return apply_operations(set_a, ops, kinds, problems, r), [prompts[i] for i in wins]
 
 
 OPERATORS = {  # name: (operator, its chance in an iteration); add one here, nothing else needs to know
@@ -521,7 +523,7 @@ def crossover_slots(sets: dict[str, list[str]], wins: list[tuple[str, int, Probl
 
 SOURCES = {"add": lambda op: [], "modify": lambda op: [op.get("modified_from")],
            "remove": lambda op: [op.get("remove_id")], "merge": lambda op: op.get("merged_from")}
-CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # could leave its turn when tokenised
+CONTROL = re.compile(r"<[|｜].{0,64}?[|｜]>|</?think>|<(?:start|end)_of_\w+>|</?s>|<[be]os>|\[/?INST\]|<</?SYS>>")
 STRING = r'"(?:[^"\\]|\\.)*+"'  # of JSON; possessive, so that hostile replies take linear time
 OBJECT = re.compile(r'\{(?:[^{}"]|' + STRING + r")*+\}", re.S)  # one without another object in it
 ESCAPE = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq); group 1: a backslash to be doubled
@@ -566,9 +568,17 @@ def leaks(principle: str, problems: list[Problem]) -> bool:
     return any(quoted(words(x.question)) or any(told("".join(a.split())) for a in x.answers) for x in problems)
 
 
-def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Config, dropped: Counter) -> bool:
+def copied(principle: str, texts: dict[str, str]) -> bool:
+    """True if a principle is a sentence or an example of the requests among these texts, but for one word in four."""
+    words = lambda text: Counter(re.findall(r"\w+", text.lower()))
+    said, asked = words(principle), " ".join(t for name, t in texts.items() if name not in ("system", "principles"))
+    return any(4 * (said & sentence).total() >= 3 * max(said.total(), sentence.total()) > 9
+               for sentence in map(words, re.split(r'"|[.?!:]\s| - ', " ".join(asked.split()))))
+
+
+def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], r: Tournament) -> bool:
     """Whether an operation may be applied to principles with these ids; if not, it is dropped alone, and counted."""
-    fields = op if isinstance(op, dict) else {}
+    c, fields = r.config, op if isinstance(op, dict) else {}
     kind = fields.get("operation")
     named = SOURCES[kind](fields) if kind in kinds else []
     text = "-" if kind == "remove" else fields.get("principle")  # what is removed needs no text
@@ -577,25 +587,26 @@ def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Conf
         "unknown id": lambda: not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named),
         "merge of fewer than two": lambda: kind == "merge" and len(set(named)) < 2,
         "no text": lambda: not isinstance(text, str) or not text.strip() or not " ".join(text.split()).isprintable(),
-        "control token": lambda: CONTROL.search(text),
+        "control token": lambda: (r.control or CONTROL).search(text),
         "too long": lambda: len(text.split()) > c.max_principle_words or len(text) > 12 * c.max_principle_words,
+        "copies the request": lambda: copied(text, r.texts),
         "leaks a problem": lambda: not c.allow_leaks and leaks(text, problems)}
     why = next((name for name, found in faults.items() if found()), None)
-    dropped.update([why] if why else [])
+    r.dropped.update([why] if why else [])
     return not why
 
 
-def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problems, c: Config, dropped: Counter):
+def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problems, r: Tournament) -> list[str]:
     """git.apply(s, diff): the principles after the valid operations, in order, as a list (renumbered G0, G1, …)."""
     result = dict(principles)
     for n, op in enumerate(ops):
-        if valid(op, kinds, result, problems, c, dropped):  # ids as earlier operations left them
+        if valid(op, kinds, result, problems, r):  # ids as earlier operations left them
             text = "" if op["operation"] == "remove" else " ".join(op["principle"].split())
             first, *rest = dict.fromkeys(SOURCES[op["operation"]](op) or [n])  # n: an id that no operation can name
             result = {i: t for i, t in (result | {first: text}).items() if t and i not in rest}
     unique = list({text.casefold(): text for text in result.values()}.values())
-    kept = unique[: c.max_principles]
-    dropped.update({"duplicate": len(result) - len(unique), "too many principles": len(unique) - len(kept)})
+    kept = unique[: r.config.max_principles]
+    r.dropped.update({"duplicate": len(result) - len(unique), "too many principles": len(unique) - len(kept)})
     return kept
 
 # ======================================================================================================================
@@ -1740,13 +1751,13 @@ def load_task(c: Config) -> Task:
 
 
 def to_problem(record: Any, where: str) -> Problem:
-    """A Problem from one record of a data set or JSONL file."""
+    """A Problem from one record of a data set or JSONL file. Neither true nor NaN is an answer."""
     fields = record if isinstance(record, dict) else {}
     question = fields.get("problem") or fields.get("question")
     answers = next((fields[k] for k in ("answer", "groundtruth", "golden_answers") if fields.get(k) is not None), None)
     answers = answers if isinstance(answers, list) else [answers]
     answers = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # 142.0 in the AMC set
-    answers = tuple(str(a).strip() for a in answers if isinstance(a, (str, int, float)) and str(a).strip())
+    answers = tuple(str(a).strip() for a in answers if type(a) in (str, int, float) and a == a and str(a).strip())
     if not isinstance(question, str) or not question.strip() or not answers:
         raise UserError(f"{where}: needs an object with a text problem|question and answer|groundtruth|golden_answers")
     return Problem(where, question.strip(), answers, record)
@@ -1818,6 +1829,13 @@ class Chat:
     role: str = "system"
     thinking: bool = True
 
+    @cached_property
+    def control(self) -> re.Pattern:
+        """CONTROL, and what this tokenizer takes for special tokens; of "<a" and "<a>" the longer one comes first."""
+        own = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        own |= {*self.tokenizer.all_special_tokens}
+        return re.compile("|".join([CONTROL.pattern, *map(re.escape, sorted(own - {""}, reverse=True))]))
+
     def render(self, conversations: list[list[dict]], must_say: str) -> str:
         """The first of these conversations that the template takes, and says in full; "" if there is none."""
         for messages in conversations if self.tokenizer.chat_template else ():
@@ -1843,9 +1861,8 @@ class Chat:
     def tool_turn(self, reply: str) -> list[int]:
         """Token ids of a tool's reply, which end the model's turn and begin its next: in the tool role of the template,
         or as a user's turn in tags where it has none; without a template only in tags."""
-        special = "|".join(map(re.escape, self.tokenizer.all_special_tokens)) or "$^"
         reply = reply.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-        reply = re.sub(special, " ", CONTROL.sub(" ", TAGS.sub(" ", reply)))  # no text of a tool may end its turn
+        reply = self.control.sub(" ", TAGS.sub(" ", reply))  # no text of a tool may end its turn
         tagged, mark = f"<tool_response>\n{reply}\n</tool_response>", "what the model said"
         before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
         turns = {"role": "tool", "content": reply}, {"role": "user", "content": tagged}
@@ -1940,11 +1957,28 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+PLAIN = {  # what math-verify misreads, and what is meant: 1\,000, a full stop, 0.1\overline{6} = (16 - 1) / 90
+    r"(?<![\w.])[0-9]{1,3}(?:(?:\\[ ,;:]|\{,\}|,\\!|[~\s])[0-9]{3})+(?!\d)": lambda m: re.sub("[^0-9]", "", m[0]),
+    r"(?<!\.)(?<!\\right)\.(?=[\s$]*\Z)": "", r"\\varnothing": r"\\emptyset", "°": r"^\\circ", r"\\sqrt\{-1\}": "i",
+    r"(?<!\d)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}": lambda m: "\\frac{%s-%s}{%s%s}" % (
+        m[1] + m[2] + m[3], m[1] + m[2] or 0, "9" * len(m[3]), "0" * len(m[2])),  # next, two answers: 467 = 468, and
+    r"(^|=)\s*([0-9]+)\s*=(?!\s*\2\s*\Z)(?=\s*[0-9]+\s*\Z)": r"\1\2, ",             # 468 \text{ (not 467)}
+    r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}0-9]{0,99}\b(?:not|or|but)\b[^{}0-9]{0,99}([0-9]++)[^{}]*\}": r", \1"}
+OR_ELSE = {  # second readings: 12.5 %, which is 0.125, as 12.5 (percent were asked for); 90 degrees, or 90, as pi/2
+    r"^[\s$]*([1-9][0-9,]*\.[0-9]+)\s*\\?%[\s$]*$": r"\1",
+    r"(?<![0-9.])([0-9.]++)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})": r"\\frac{\1\\pi}{180}"}
+
+
+def readings(text: str) -> list[str]:
+    """The one or two ways to read an answer, written so that math-verify reads them so."""
+    rewritten = lambda text, rules: reduce(lambda x, rule: re.sub(*rule, x), rules.items(), text).strip()
+    return list(dict.fromkeys([plain := rewritten(text, PLAIN), rewritten(plain, OR_ELSE)]))
+
+
 def plain_integer(text: str) -> int | None:
     """The integer that `text` plainly is (042, 1,000, $-7$.), else None."""
-    separator = r"(?:\\,|\{,\}|,(?:\\!)?)"  # of thousands, as LaTeX writers put it:  \,  {,}  ,  ,\!
-    match = re.fullmatch(rf"[\s$]*([+-]?(?:[0-9]+|[0-9]{{1,3}}(?:{separator}[0-9]{{3}})+))[\s$.]*", text)
-    return int(re.sub(separator, "", match[1])) if match and len(text) <= LONGEST_ANSWER else None
+    match = re.fullmatch(r"[\s$]*([+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+))[\s$.]*", text)
+    return int(match[1].replace(",", "")) if match and len(text) <= LONGEST_ANSWER else None
 
 
 def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
@@ -1952,16 +1986,16 @@ def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
     \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify."""
     outcomes, asked = [], {}
     for problem, text in pairs:
-        answer = (last_boxed(text) or "").strip()
-        number, numbers = plain_integer(answer), [plain_integer(gold) for gold in problem.answers]
+        answers, golds = readings(last_boxed(text) or ""), sum(map(readings, problem.answers), [])
+        answer, number, numbers = answers[0], plain_integer(answers[0]), list(map(plain_integer, golds))
         if not answer:
             outcomes.append("no_answer")
-        elif answer in problem.answers or number is not None and number in numbers:
+        elif answer in golds or number is not None and number in numbers:
             outcomes.append("correct")
         elif len(answer) > LONGEST_ANSWER or number is not None and None not in numbers:  # or a derivation, an attack
             outcomes.append("wrong")
         else:
-            asked[len(outcomes)] = problem.answers, answer
+            asked[len(outcomes)] = golds, answers
             outcomes.append("error")  # unless math-verify, in a process of its own, has a verdict
     if asked:
         program = f"{MATH_VERIFY_SOURCE}\nmath_verify_process({GRADE_SECONDS}, {GRADE_BYTES})"
@@ -1987,13 +2021,13 @@ def math_verify_process(seconds: int, max_bytes: int) -> None:
     import contextlib, json, os, resource, signal, sys  # noqa: E401
     from math_verify import LatexExtractionConfig, parse, verify
 
-    def same(golds, answer):
+    def same(golds, answers):
         read = lambda x: parse(  # LaTeX only: the plain-text extractor would pick any number out of a sentence
             "\\boxed{" + x + "}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
-        parsed = read(answer)
-        return any(verify(read(gold), parsed, timeout_seconds=None, raise_on_error=True) for gold in golds)
+        flags = dict(allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
+        return any(verify(read(gold), read(answer), **flags) for gold in golds for answer in answers)
 
-    same(["[1,2)", "x^2-1"], "(x+1)(\\frac{x}{1}-1)")  # fills caches which the children inherit: three times as fast
+    same(["[1,2)", "x^2-1"], ["(x+1)(\\frac{x}{1}-1)"])  # fills caches which the children inherit: three times as fast
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in sys.stdin:
         if not (child := os.fork()):
@@ -2197,7 +2231,7 @@ def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict
 
 def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
     """Token ids of a filled-in request; while it is longer than `limit`, its longest slot loses its middle."""
-    slots = {name: CONTROL.sub(" ", text) for name, text in slots.items()}  # no rollout may end the request's turn
+    slots = {name: chat.control.sub(" ", text) for name, text in slots.items()}  # no rollout may end the request's turn
     while len(ids := chat.ids("", fill(template, slots))) > limit:
         name = max(slots, key=lambda n: len(slots[n]))
         keep, text, note = int(0.45 * len(slots[name]) * limit / len(ids)), slots[name], "\n[… cut …]\n"
