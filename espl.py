@@ -1729,12 +1729,13 @@ def load_task(c: Config) -> Task:
     own = task_file(c.task)
     with explained(f"task {c.task}: its texts, tools or problems fail"):
         texts = read_prompts(c.prompts_file or DEFAULT_PROMPTS, Path(c.task).stem, own.get("PROMPTS", ""))
-        tools = own["tools"](c) if "tools" in own else {}
-        made = own["problems"](c) if "problems" in own and not (c.train_file and c.test_file) else ([], [])
+        tools = dict(own["tools"](c)) if "tools" in own else {}
+        needed = "problems" in own and not (c.train_file and c.test_file)
+        train, test = map(list, own["problems"](c) if needed else ([], []))
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
     rng, parts, seen = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), [], set()
-    for file, records, flag_name in (c.test_file, made[1], "--test-file"), (c.train_file, made[0], "--train-file"):
+    for file, records, flag_name in (c.test_file, test, "--test-file"), (c.train_file, train, "--train-file"):
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
         new = {x.question: x for x in reversed(found) if x.question not in seen}  # of duplicates the first
         if not new:
@@ -1758,7 +1759,8 @@ def to_problem(record: Any, where: str) -> Problem:
     answers = answers if isinstance(answers, list) else [answers]
     answers = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # 142.0 in the AMC set
     answers = tuple(str(a).strip() for a in answers if type(a) in (str, int, float) and a == a and str(a).strip())
-    if not isinstance(question, str) or not question.strip() or not answers:
+    half = re.search("[\ud800-\udfff]", f"{question}{''.join(answers)}")  # of a pair, which no tokenizer takes
+    if not isinstance(question, str) or not question.strip() or not answers or half:
         raise UserError(f"{where}: needs an object with a text problem|question and answer|groundtruth|golden_answers")
     return Problem(where, question.strip(), answers, record)
 
@@ -1904,7 +1906,7 @@ def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list
 def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
     """What a tool replies to the call <tool_call>{"name": …, "arguments": {…}}</tool_call> with which `text`, a turn of
     the model, ends; of a malformed call, why it is. Never raises."""
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)  # a thought may mention the tags
+    text = re.sub(r"<think>.*?(</think>|\Z)", lambda m: "" if m[1] else m[0], text, flags=re.S)  # may hold tags
     before, tag, call = text.partition("</tool_call>")[0].partition("<tool_call>")
     if not tag:
         return "Error: </tool_call> without <tool_call> before it."
@@ -1963,7 +1965,9 @@ PLAIN = {  # what math-verify misreads, and what is meant: 1\,000, a full stop, 
     r"(?<!\d)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}": lambda m: "\\frac{%s-%s}{%s%s}" % (
         m[1] + m[2] + m[3], m[1] + m[2] or 0, "9" * len(m[3]), "0" * len(m[2])),  # next, two answers: 467 = 468, and
     r"(^|=)\s*([0-9]+)\s*=(?!\s*\2\s*\Z)(?=\s*[0-9]+\s*\Z)": r"\1\2, ",             # 468 \text{ (not 467)}
-    r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}0-9]{0,99}\b(?:not|or|but)\b[^{}0-9]{0,99}([0-9]++)[^{}]*\}": r", \1"}
+    r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}0-9]{0,99}\b(?:not|or|but)\b[^{}0-9]{0,99}([0-9]++)[^{}]*\}": r", \1",
+    r"^[\s$]*[+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)[\s$.]*\Z":  # integers, 042 and 1,000 too, all in one form
+        lambda m: str(int(re.sub(r"[\s$.,]", "", m[0][:LONGEST_ANSWER])))}
 OR_ELSE = {  # second readings: 12.5 %, which is 0.125, as 12.5 (percent were asked for); 90 degrees, or 90, as pi/2
     r"^[\s$]*([1-9][0-9,]*\.[0-9]+)\s*\\?%[\s$]*$": r"\1",
     r"(?<![0-9.])([0-9.]++)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})": r"\\frac{\1\\pi}{180}"}
@@ -1975,25 +1979,18 @@ def readings(text: str) -> list[str]:
     return list(dict.fromkeys([plain := rewritten(text, PLAIN), rewritten(plain, OR_ELSE)]))
 
 
-def plain_integer(text: str) -> int | None:
-    """The integer that `text` plainly is (042, 1,000, $-7$.), else None."""
-    match = re.fullmatch(r"[\s$]*([+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+))[\s$.]*", text)
-    return int(match[1].replace(",", "")) if match and len(text) <= LONGEST_ANSWER else None
-
-
 def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
     """(reward, outcome) of each response: 1.0 for correct; 0.0 for wrong, no_answer, timeout and error. Only the last
     \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify."""
     outcomes, asked = [], {}
     for problem, text in pairs:
         answers, golds = readings(last_boxed(text) or ""), sum(map(readings, problem.answers), [])
-        answer, number, numbers = answers[0], plain_integer(answers[0]), list(map(plain_integer, golds))
-        if not answer:
+        if not (answer := answers[0]):
             outcomes.append("no_answer")
-        elif answer in golds or number is not None and number in numbers:
+        elif answer in golds:
             outcomes.append("correct")
-        elif len(answer) > LONGEST_ANSWER or number is not None and None not in numbers:  # or a derivation, an attack
-            outcomes.append("wrong")
+        elif len(answer) > LONGEST_ANSWER or all(re.fullmatch("-?[0-9]+", x) for x in (answer, *golds)):
+            outcomes.append("wrong")  # also a derivation, an attack
         else:
             asked[len(outcomes)] = golds, answers
             outcomes.append("error")  # unless math-verify, in a process of its own, has a verdict

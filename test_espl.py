@@ -1454,9 +1454,10 @@ def test_no_text_holds_control_tokens(make_chat, family):
 
 
 def test_looking_for_control_tokens_takes_linear_time():
-    for unit in ("<|", "<｜|", "<start_of_", "[INST", "<"):
+    for unit in ("<|", "<｜|", "<start_of_", "[INST", "<", "<think>"):
         start = time.process_time()
-        espl.CONTROL.sub(" ", unit * (2 * 10**6 // len(unit)))
+        espl.CONTROL.sub(" ", unit * (10**6 // len(unit)))
+        espl.call_tool({}, unit * (10**6 // len(unit)))
         assert time.process_time() - start < 5
 
 
@@ -2696,7 +2697,7 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
         return (fail if "reflecting" in args[4].label else generate)(*args)
 
     patches = {"open": dict(open=full_disk),
-               "subprocess": dict(plain_integer=lambda text: None, subprocess=SimpleNamespace(
+               "subprocess": dict(readings=lambda text: [f"{text}x"], subprocess=SimpleNamespace(
                    run=full_disk, TimeoutExpired=subprocess.TimeoutExpired)),
                "runpy": dict(runpy=SimpleNamespace(run_path=fail), generate=reflecting_fails)}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
@@ -2826,7 +2827,10 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "malformed": (lambda w, d: dict(train_file=file(d, GOOD, "{oops\n")), r"f\.jsonl:2: not JSON"),
     "not an object": (lambda w, d: dict(train_file=file(d, GOOD, "\n", "[1]\n")), r"f\.jsonl:3: needs an object"),
     "no answer": (lambda w, d: dict(train_file=file(d, {"problem": "p"})), r"f\.jsonl:1: needs .* answer"),
-    "true answer": (lambda w, d: dict(train_file=file(d, GOOD, GOOD | {"answer": True})), r"f\.jsonl:2: needs .*answer"),
+    "true answer": (lambda w, d: dict(train_file=file(d, GOOD | {"answer": True})), r"f\.jsonl:1: needs .*answer"),
+    "half a pair": (lambda w, d: dict(train_file=file(d, GOOD, '{"problem": "\\ud83d", "answer": 1}')), "l:2: needs"),
+    "no pair": (lambda w, d: dict(task=task(d, "problems = lambda c: []"), train_file=None), "task.py: .*problems"),
+    "task tools": (lambda w, d: dict(task=task(d, "tools = lambda c: 'x'")), "task.py: its texts, tools or problems"),
     "no question": (lambda w, d: dict(test_file=file(d, GOOD | {"problem": " "})), r"f\.jsonl:1: needs .*question"),
     "odd": (lambda w, d: dict(train_file=file(d, {"prompt": [], "reward_model": {}})), r"f\.jsonl:1: needs"),
     "only test problems": (lambda w, d: dict(train_file=w / "test.jsonl"), "also a test problem; choose another --train-file"),
@@ -2956,7 +2960,7 @@ def test_duplicates_and_test_problems_leave_the_training_set(tmp_path):
 
 @pytest.mark.parametrize("record, question, answers", [
     ({"problem": " p ", "answer": 0}, "p", ("0",)), ({"question": "q", "groundtruth": "x"}, "q", ("x",)),
-    ({"question": "q", "golden_answers": ["a", " b", ""]}, "q", ("a", "b")),
+    ({"question": "q", "golden_answers": ["a", True, " b", "", float("nan")]}, "q", ("a", "b")),
     ({"question": "q", "answer": 142.0}, "q", ("142",))])
 def test_to_problem(record, question, answers):
     problem = espl.to_problem(record, "here")
@@ -3837,6 +3841,14 @@ def test_tables_are_those_of_the_results(lab, tmp_path, monkeypatch):
         section, make = lab.TABLES[name]
         assert page.read_text() == f"text\n<!-- {name} -->\n{make(results[section])}\n<!-- end -->\n"
     assert pages[2].read_text() == "no table"
+
+
+def test_readers_of_what_others_write_survive_made_up_text(capsys, monkeypatch):
+    fuzz = load_tool("fuzz")
+    assert fuzz.main(["--cases", "40"]) == 0 and capsys.readouterr().out.count(": 40 cases in") == len(fuzz.READERS) == 7
+    monkeypatch.setattr(espl, "last_boxed", lambda text: text.index("{"))  # it would see a reader that fails
+    assert fuzz.main(["--only", "grader", "--first", "40"]) == 1
+    assert re.match(r"grader: case \d+ failed; --only grader --first \d+ --cases 1\n", capsys.readouterr().out)
 
 
 # ======================================================================================================================
