@@ -46,7 +46,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from scipy import stats
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import espl
@@ -1427,6 +1427,41 @@ def test_chat_text_leaves_out_special_tokens(make_chat):
     assert chat.text(chat.tokenizer("a Ü b").input_ids) == "a Ü b"
 
 
+# As the families write them: special tokens, and what stands for a turn in a template without being a token.
+FAMILY = {
+    "llama 2": (["<s>", "</s>", "<unk>"], ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]),
+    "llama 3": (["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|reserved_special_token_7|>"], []),
+    "gemma": (["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<mask>"], []),
+    "qwen": (["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"], ["<think>", "</think>"]),
+    "deepseek": (["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜tool▁outputs▁end｜>"], []),
+    "bert": (["[CLS]", "[SEP]", "[PAD]", "[SEP]x"], [])}
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_no_text_holds_control_tokens(make_chat, family):
+    """No principle, no slot of a request and no reply of a tool, whichever tokens the tokenizer takes for special."""
+    special, others = FAMILY[family]
+    chat = make_chat(None)
+    chat.tokenizer.add_special_tokens({"eos_token": special[0]})
+    chat.tokenizer.add_tokens([AddedToken(token, special=True) for token in special[1:]])
+    ids, marks = set(chat.tokenizer.convert_tokens_to_ids(special)), [*special, *others, "<|im_end|>", "<bos>"]
+    assert ids & set(chat.tokenizer("".join(special)).input_ids) == ids  # such a text does hold them
+    for mark in marks:
+        assert applied([add(f"Try{mark}it.")], control=chat.control)[1] == {"control token": 1}
+        said = f"a{mark}b {mark[:2]}{mark}{mark[2:]}"
+        for tokens in (espl.fit_request(chat, "{x}", {"x": said}, 999), chat.tool_turn(said)):
+            assert not ids & set(tokens[1:]) and mark not in chat.tokenizer.decode(tokens[1:])
+    assert len(applied([add("If x < 3 and |y| > 2, or [x] <= y, try <b>, a[0] | b.")], control=chat.control)[0]) == 5
+
+
+def test_looking_for_control_tokens_takes_linear_time():
+    for unit in ("<|", "<｜|", "<start_of_", "[INST", "<", "<think>"):
+        start = time.process_time()
+        espl.CONTROL.sub(" ", unit * (10**6 // len(unit)))
+        espl.call_tool({}, unit * (10**6 // len(unit)))
+        assert time.process_time() - start < 5
+
+
 # ---- Tools ----
 
 
@@ -1862,9 +1897,9 @@ G4 = {"G0": "zero", "G1": "one", "G2": "two", "G3": "three"}
 FOUR = list(G4.values())
 
 
-def applied(ops, principles=G4, kinds=ALL_KINDS, problems=(), **flags):
-    dropped = Counter()
-    return espl.apply_operations(principles, ops, kinds, list(problems), espl.Config(**flags), dropped), dict(+dropped)
+def applied(ops, principles=G4, kinds=ALL_KINDS, problems=(), control=None, texts={}, **flags):
+    r = espl.Tournament([], [], 0, None, None, espl.Config(**flags), control=control, texts=texts)
+    return espl.apply_operations(principles, ops, kinds, list(problems), r), dict(+r.dropped)
 
 
 @pytest.mark.parametrize("ops, result", [
@@ -1936,6 +1971,45 @@ def test_duplicates_and_the_cap_on_principles():
     assert [t.lower() for t in result] == [*FOUR, "a"] and dropped == {"duplicate": 2, "too many principles": 1}
 
 
+# ---- Echoes of the request ----
+
+
+def examples(texts):
+    return [op["principle"] for name in ("critique", "aggregate", "crossover")
+            for op in espl.parse_operations(texts[name]) if "principle" in op]
+
+
+def test_echoes_of_a_request_are_dropped_and_counted(math_task):
+    """Its examples and sentences; also with a word changed, left out or added, in another order and case."""
+    echoes = [*examples(math_task.texts), "Where exactly did each failed one go wrong?", "Could it be chance",
+              "not repeat another principle of the list"]
+    assert len(echoes) > 8
+    for text in echoes:
+        words = text.split()
+        for changed in (words, words[1:], words[:-1], [*words, "G7"], words[::-1], [*words[:3], "new", *words[4:]]):
+            said = " ".join(changed).upper()
+            assert applied([add(said)], texts=math_task.texts) == (FOUR, {"copies the request": 1}), said
+    honest = ["When a sum runs over divisors, pair each divisor with its cofactor.", "Check units.", "two", "Add",
+              "When asked for the number of digits, write the answer as a power of ten.", "write", "of the list",
+              "If G3 applies, take the place value of each digit.", "Say what the new variable stands for."]
+    assert applied([add(text) for text in honest], {}, texts=math_task.texts) == (honest, {})
+    seeded = math_task.texts | {"principles": "Always draw the figure before you compute."}
+    assert len(applied([add(seeded["principles"])], texts=seeded)[0]) == 5  # the root's are principles
+
+
+def test_a_model_that_only_echoes_breeds_nothing(math_task):
+    example = math_task.texts["critique"].partition("```json")[2].partition("```")[0].replace("G3", "G1")
+    ask = Script(summarize=["s"] * 4, critique=[example, example])
+    child, reflection = mutation_of(ask, texts=math_task.texts)
+    assert "no valid proposal (0 of 2" in child and +reflection.dropped == {"copies the request": 4}
+
+
+def test_a_run_knows_its_requests_and_its_tokenizer(world, tmp_path):
+    seen = []
+    run = play(flags(world, tmp_path, mode="evolution", iterations=1), breed=lambda _, r, i: seen.append(r) or {})
+    assert seen[0].texts == run.task.texts and seen[0].control is run.chat.control
+
+
 # ---- Leaks ----
 
 
@@ -1976,10 +2050,11 @@ GROUPS = [group("a", [1, 0]), group("b", [0, 0]), group("c", [-0.1, 1.0]), group
 PARENT = espl.SystemPrompt(4, ["zero", "one"])
 
 
-def mutation_of(ask, groups=GROUPS, **flags):
+def mutation_of(ask, groups=GROUPS, texts={}, **flags):
     """(the child's principles, or why there is none; the reflection) of a mutation of PARENT, which did best."""
     other = [espl.Group(g.problem, [], [], []) for g in groups]
-    reflection = espl.Tournament([None, PARENT], [other, groups], 1, ask, espl.parse_operations, espl.Config(**flags))
+    reflection = espl.Tournament([None, PARENT], [other, groups], 1, ask, espl.parse_operations, espl.Config(**flags),
+                                 texts=texts)
     try:
         child, parents = espl.mutate(reflection)
         assert parents == [PARENT]
@@ -2249,20 +2324,97 @@ def test_integers_need_no_process(monkeypatch):
         assert grade(gold, answer) == "wrong", (gold, answer)
 
 
-EQUAL = [(r"\frac{3}{8}", "3/8"), (r"\frac{3}{8}", r"$\dfrac{6}{16}$."), (r"1\frac14", "1.25"), (r"\sqrt8", r"2\sqrt2"),
-         (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), (r"4a-2", "2(2a - 1)"), ("5", "x = 5"), ("5", r"\frac{10}{2}"),
-         ("120", r"5!"), (r"(1, \frac{\pi}{2})", r"\left(1, \pi/2\right)"), ("1, 2, 3", r"\{3, 2, 1\}"),
-         ("[0, 1)", r"\left[0, 1\right)"), (r"(-\infty, 0) \cup [2, 3]", r"[2, 3] \cup (-\infty, 0)"), (r"25\%", "25"),
-         (r"120^\circ", "120"), (r"\$6", "6.00"), ("100", r"100\text{ square units}"), ("C", r"\text{(C)}")]
-UNEQUAL = [(r"\frac{3}{8}", r"\frac{8}{3}"), (r"\frac13", "0.333"), (r"2\sqrt3", "3.4641"), (r"\pi", "3.14"),
-           ("(1, 2)", "(2, 1)"), ("(1, 2)", "[1, 2]"), ("1, 2", "1, 2, 3"), ("6", r"5 \text{ or } 6"),
-           ("6", "$5$ or $6$"), ("42", "the value) is ( 42"), ("42", "7 ^ ^ 42"), ("x+1", "x-1"),
-           ("5", r"\text{five}"), ("5", "1/0"), (r"\text{no}", r"\text{yes}")]
+PAIRS = r"""
+= 35 :: 35.0\% :: 35\% :: 35.00 :: \$35 :: 35 \text{ dollars} :: x = 35
+# 35 :: 3.5\% :: 0.35 :: 35.1\% :: 35 \text{ or } 36 :: 35 \text{ or 36}
+= 12.5 :: 12.5\% :: \frac{25}{2} :: 12\frac{1}{2} :: $12.5\%$.
+# 12.5 :: 1.25\% :: 125\% :: 12
+= 0.125 :: 12.5\% :: \frac18 :: .125
+= 12.5\% :: 12.5 :: \frac18
+= 50\% :: \frac12 :: 0.5 :: 50
+# 0.5 :: 0.5\% :: 5\%
+= 1000 :: 1\ 000 :: 1\,000.00 :: 1{,}000.0 :: 1~000.0 :: 1 000 :: 10^3 :: 1,\!000
+# 1000 :: 1\,0000 :: 1{,}001 :: 1\,000\,000
+= 1234567.5 :: 1\,234\,567.5 :: 1,234,567.5
+= 7 :: \log_2 128 :: \log_2\,128 :: \sqrt{49} :: 7.
+= \pi :: \pi. :: $\pi.$ :: \frac{2\pi}{2}
+# \pi :: 3.14 :: 2\pi :: \pi.5 :: 180
+= \frac{3}{8} :: 3/8 :: $\dfrac{6}{16}$. :: \tfrac38
+# \frac{3}{8} :: \frac{8}{3} :: -\frac38 :: 0.38
+= 1\frac14 :: 1.25 :: \frac54
+= \emptyset :: \varnothing :: \{\} :: \varnothing.
+=! \emptyset :: \text{no solution} :: \{ \}
+# \emptyset :: \{0\} :: 0 :: \{1\}
+= \frac{\pi}{2} :: 90^\circ :: 90^{\circ} :: 90° :: 0.5\pi :: \pi/2
+# \frac{\pi}{2} :: 90 :: 45^\circ :: \pi
+= 90^\circ :: \frac{\pi}{2} :: 90 :: 90°
+# 90^\circ :: 60^\circ :: \frac{\pi}{3}
+= 120 :: 120^\circ :: 120\text{ degrees} :: 5!
+= \frac12 :: \sin 30^\circ
+= 1\le x<2 :: [1,2) :: x\in[1,2)
+=! 1\le x<2 :: 2>x\ge1
+# 1\le x<2 :: [1,2] :: x<2
+= [1,2) :: 1\le x<2 :: 1\leq x<2. :: \left[1, 2\right)
+# [1,2) :: [1,2] :: (1,2) :: 1<x\le2
+= (-\infty, 0) \cup [2, 3] :: [2, 3] \cup (-\infty, 0)
+= \frac13 :: 0.\overline{3} :: 0.\overline{33} :: \frac{2}{6} :: 3^{-1}
+# \frac13 :: 0.3 :: 0.333 :: 0.0\overline{3} :: 0.\overline{34}
+= -\frac16 :: -0.1\overline{6} :: \frac{-1}{6}.
+= 2.\overline{3} :: \frac{7}{3}
+= i :: \sqrt{-1}
+= \sqrt{-1} :: i
+# i :: -i :: 1
+= 1+2i :: 1+2\sqrt{-1} :: 2i+1
+=! 2i :: \sqrt{-4}
+= 468 :: 468.0 :: n=468 :: 2\cdot 234=468 :: 468=468
+=! 468 :: 468 = n
+# 468 :: 467=468 :: 468=467 :: 468 \text{ (not 467)} :: 467 \text{ or } 468 :: 468, 467 :: x=467=468
+# 468 :: 468 \text{, or maybe 467}
+= 2\sqrt3 :: \sqrt{12} :: 2\sqrt{3}\text{ cm} :: \frac{6}{\sqrt3} :: 2\cdot 3^{1/2}
+# 2\sqrt3 :: 3\sqrt2 :: 3.4641 :: -2\sqrt3
+= 1,2 :: 2,1 :: \{1,2\} :: 1 \text{ and } 2 :: 1\text{ or }2
+= 1, 2, 3 :: \{3, 2, 1\}
+# 1,2 :: 1 :: 1,2,3 :: 1,3
+#! \{1,2\} :: (1,2)
+#! 1,-2 :: (-2,1)
+#! (1,2) :: \{1,2\}
+= (1,\frac{\pi}{2}) :: \left(1,\pi/2\right) :: (1,\ \frac{\pi}{2}). :: (1, 90^\circ)
+# (1,2) :: (2,1) :: [1,2] :: (1,2,3)
+= x^2-1 :: (x-1)(x+1) :: -1+x^2 :: x^2 - 1.
+# x^2-1 :: x^2+1 :: (x-1)^2 :: y^2-1
+= 4a-2 :: 2(2a - 1)
+= y=2x+3 :: y = 3+2x :: 2x+3
+# y=2x+3 :: y=2x-3
+= \begin{pmatrix}1\\2\end{pmatrix} :: \begin{bmatrix}1\\2\end{bmatrix}
+# \begin{pmatrix}1\\2\end{pmatrix} :: \begin{pmatrix}2\\1\end{pmatrix}
+# \infty :: -\infty
+= C :: \text{C} :: \text{(C)} :: \textbf{(C)}
+# C :: D :: \text{(B)}
+= \$6 :: 6.00 :: 6
+= 100 :: 100\text{ square units}
+# 6 :: 5 \text{ or } 6 :: $5$ or $6$ :: \text{half a dozen, or 5}
+# 42 :: the value) is ( 42 :: 7 ^ ^ 42
+# 5 :: 1/0 :: \text{V or 4}
+=! 5 :: \text{five}
+# \text{no} :: \text{yes}
+= 5 \text{ m} :: 5 :: 5\text{ metres}
+#! 5 \text{ m} :: 5 \text{ cm} :: 5\text{ kg}
+#! 1.4142135 :: \sqrt2
+#! 0.10000001 :: 0.1
+= \binom{5}{2} :: 10
+= \frac{1}{\sqrt{2}} :: \frac{\sqrt{2}}{2} :: 2^{-1/2}
+"""  # lines of =, for equal in a mathematician's eye, or #, then a gold and answers; !: math-verify judges otherwise
 
 
-def test_equal_and_unequal_answers_in_another_form():
-    verdicts = dict(zip(EQUAL + UNEQUAL, grade_answers(EQUAL + UNEQUAL)))
-    assert verdicts == dict.fromkeys(EQUAL, "correct") | dict.fromkeys(UNEQUAL, "wrong")
+def test_a_table_of_answers_judged_by_hand():
+    """All in one call. What math-verify is known to judge otherwise (docs/grading.md) is to be struck off when it no
+    longer does."""
+    rows = [line.split(" :: ") for line in PAIRS.strip().split("\n")]
+    table = [(*gold.split(" ", 1), answer) for gold, *answers in rows for answer in answers]
+    assert len(table) > 150
+    outcomes = grade_answers([(gold, answer) for _, gold, answer in table])
+    expected = ["correct" if (mark[0] == "=") != ("!" in mark) else "wrong" for mark, _, _ in table]
+    assert [row for row, outcome, right in zip(table, outcomes, expected) if outcome != right] == []
 
 
 def test_any_of_several_answers_will_do():
@@ -2842,7 +2994,7 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
         return (fail if "reflecting" in args[4].label else generate)(*args)
 
     patches = {"open": dict(open=full_disk),
-               "subprocess": dict(plain_integer=lambda text: None, subprocess=SimpleNamespace(
+               "subprocess": dict(readings=lambda text: [f"{text}x"], subprocess=SimpleNamespace(
                    run=full_disk, TimeoutExpired=subprocess.TimeoutExpired)),
                "runpy": dict(runpy=SimpleNamespace(run_path=fail), generate=reflecting_fails)}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
@@ -2972,6 +3124,10 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "malformed": (lambda w, d: dict(train_file=file(d, GOOD, "{oops\n")), r"f\.jsonl:2: not JSON"),
     "not an object": (lambda w, d: dict(train_file=file(d, GOOD, "\n", "[1]\n")), r"f\.jsonl:3: needs an object"),
     "no answer": (lambda w, d: dict(train_file=file(d, {"problem": "p"})), r"f\.jsonl:1: needs .* answer"),
+    "true answer": (lambda w, d: dict(train_file=file(d, GOOD | {"answer": True})), r"f\.jsonl:1: needs .*answer"),
+    "half a pair": (lambda w, d: dict(train_file=file(d, GOOD, '{"problem": "\\ud83d", "answer": 1}')), "l:2: needs"),
+    "no pair": (lambda w, d: dict(task=task(d, "problems = lambda c: []"), train_file=None), "task.py: .*problems"),
+    "task tools": (lambda w, d: dict(task=task(d, "tools = lambda c: 'x'")), "task.py: its texts, tools or problems"),
     "no question": (lambda w, d: dict(test_file=file(d, GOOD | {"problem": " "})), r"f\.jsonl:1: needs .*question"),
     "odd": (lambda w, d: dict(train_file=file(d, {"prompt": [], "reward_model": {}})), r"f\.jsonl:1: needs"),
     "only test problems": (lambda w, d: dict(train_file=w / "test.jsonl"), "also a test problem; choose another --train-file"),
@@ -3101,7 +3257,7 @@ def test_duplicates_and_test_problems_leave_the_training_set(tmp_path):
 
 @pytest.mark.parametrize("record, question, answers", [
     ({"problem": " p ", "answer": 0}, "p", ("0",)), ({"question": "q", "groundtruth": "x"}, "q", ("x",)),
-    ({"question": "q", "golden_answers": ["a", " b", ""]}, "q", ("a", "b")),
+    ({"question": "q", "golden_answers": ["a", True, " b", "", float("nan")]}, "q", ("a", "b")),
     ({"question": "q", "answer": 142.0}, "q", ("142",))])
 def test_to_problem(record, question, answers):
     problem = espl.to_problem(record, "here")
@@ -3595,8 +3751,8 @@ def test_bad_habits():
 
 def edited(principles, reply, kinds):
     """The list after the operations of a reply, and what was dropped of them."""
-    dropped = Counter()
-    return espl.apply_operations(principles, glyphs.parse(reply), kinds, [], espl.Config(), dropped), dropped
+    r = espl.Tournament([], [], 0, None, None, espl.Config())
+    return espl.apply_operations(principles, glyphs.parse(reply), kinds, [], r), r.dropped
 
 
 def test_critique_lessons_judge_by_the_truth():
@@ -4001,6 +4157,14 @@ def test_tables_are_those_of_the_results(lab, tmp_path, monkeypatch):
         section, make = lab.TABLES[name]
         assert page.read_text() == f"text\n<!-- {name} -->\n{make(results[section])}\n<!-- end -->\n"
     assert pages[2].read_text() == "no table"
+
+
+def test_readers_of_what_others_write_survive_made_up_text(capsys, monkeypatch):
+    fuzz = load_tool("fuzz")
+    assert fuzz.main(["--cases", "40"]) == 0 and capsys.readouterr().out.count(": 40 cases in") == len(fuzz.READERS) == 7
+    monkeypatch.setattr(espl, "last_boxed", lambda text: text.index("{"))  # it would see a reader that fails
+    assert fuzz.main(["--only", "grader", "--first", "40"]) == 1
+    assert re.match(r"grader: case \d+ failed; --only grader --first \d+ --cases 1\n", capsys.readouterr().out)
 
 
 # ======================================================================================================================
