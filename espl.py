@@ -2281,6 +2281,7 @@ def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) ->
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
 
     def save():
+        forget_failure()
         for step in manager.all_steps():  # of a run that was killed and resumed before them
             if step >= iteration:
                 manager.delete(step)
@@ -2289,12 +2290,18 @@ def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) ->
             weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(whole)))
         manager.wait_until_finished()
 
+    def forget_failure():
+        with contextlib.suppress(Exception):  # orbax raises an earlier one once in every thread
+            manager.wait_until_finished()
+
     try:
         with ThreadPoolExecutor(1) as writer:  # a thread, as a stop interrupts the main one, and then waits for this
             writer.submit(save).result()
     except Exception as e:  # a full disk: the run goes on, and the next checkpoint may succeed
+        forget_failure()
         for part in manager.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(part, ignore_errors=True)  # else they fill the disk for good
+        manager.reload()  # it took what was to be replaced for deleted
         warn(f"could not save a checkpoint in {manager.directory}: {first_line(e)}; it takes up to "
              f"{sum(x.nbytes for x in jax.tree.leaves(weights)):,} bytes, the last one is kept")
 
@@ -2379,9 +2386,12 @@ def write_logs(run: Run, m: dict) -> None:
         warn(f"could not write population.json or a picture: {first_line(e)}")
 
 
+count_not_finite = jax.jit(lambda tree: sum(jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree)))
+
+
 def not_finite(run: Run, iteration: int, learning: dict, samples: list[Sample]) -> dict:
     """What metrics.jsonl says of an update with nan or infinity, whose rollouts go to not_finite.jsonl; else {}."""
-    found = {"weights": sum(int(jnp.sum(~jnp.isfinite(w))) for w in jax.tree.leaves(run.policy.theta)),
+    found = {"weights": int(count_not_finite(run.policy.theta)),
              "loss": int(not math.isfinite(learning.get("loss", 0.0))),
              "updates": int(run.trainer.opt_state.notfinite_count)}  # left out in a row
     if "skipped" in learning or not any(found.values()):
