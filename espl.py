@@ -45,6 +45,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -61,9 +62,9 @@ import time
 import traceback
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -88,7 +89,12 @@ from tqdm import tqdm
 # 2. Config: the flags. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
 
-RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache")
+RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache", "table",
+             "reflector_concurrency", "reflector_timeout", "max_reflector_tokens")
+EVALUABLE = (*RESUMABLE, "eval_only", "eval_from", "run_dir", "test_file", "test_size", "test_samples", "test_greedy",
+             "test_prompt", "temperature", "top_p", "max_new_tokens", "max_tool_calls", "model_parallel")
+MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts",
+             "iterations", "seed", "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
 MATHS = {  # the built-in tasks: (train sets, test sets), each a "data set of the hub:split"
     "aime": ([AIME], ["ByteDance-Seed/BeyondAIME:test"]),
@@ -160,7 +166,11 @@ class Config:
     rating: str = flag("trueskill", "Evolution", "last: mu is a prompt's last V_i, and lambda is 0 unless it is given",
                        choices=("trueskill", "last"))
 
-    reflector: str = flag("reference", "Reflection", "pi_ref or pi_theta", choices=("reference", "current"))
+    reflector: str = flag("reference", "Reflection", "reference: pi_ref; current: pi_theta; or the URL of a server")
+    reflector_model: str = flag("", "Reflection", "its name there (OpenAI's protocol; key: OPENAI_API_KEY)")
+    reflector_concurrency: int = flag(16, "Reflection", "requests to the server at a time", low=1)
+    reflector_timeout: float = flag(600.0, "Reflection", "seconds until a request is tried again, three times", low=0.1)
+    max_reflector_tokens: int = flag(0, "Reflection", "tokens in and out, then evolution ends (0: no limit)", low=0)
     reflect_on: str = flag("contrast", "Reflection", "problems whose rewards differ, with V < 1, or all",
                            choices=("contrast", "failures", "all"))
     reflect_problems: int = flag(0, "Reflection", "most problems reflected on in an iteration (0: all)", low=0)
@@ -175,10 +185,14 @@ class Config:
     test_samples: int = flag(10, "Evaluation", "responses to each problem", low=1)
     test_greedy: bool = flag(False, "Evaluation", "also one greedy response to each test problem")
     test_prompt: str = flag("best", "Evaluation", "highest mu - lambda sigma, or latest", choices=("best", "latest"))
+    table: bool = flag(True, "Evaluation", "at the end: weights before, after x root, tested prompt, on the test set")
+    eval_only: bool = flag(False, "Evaluation", "only that table, of --resume's run or of --model; nothing is trained")
+    eval_from: str = flag("checkpoints", "Evaluation", "last of these, or the best", choices=("checkpoints", "best"))
 
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
     save_every: int = flag(1, "Run", "iterations between checkpoints", low=1)
+    track: str = flag("", "Run", "also log to wandb:PROJECT or trackio:PROJECT")
     compile_cache: str = flag("~/.cache/espl/jax", "Run", "folder of compiled programs ('': off)")
 
 # ======================================================================================================================
@@ -190,23 +204,25 @@ def train(run: Run) -> None:
     """Algorithm 1's loop, with evaluations (the first before training), logs and checkpoints."""
     c = run.config
     last = last_iteration(run)
-    with checkpoint_manager(run, "checkpoints", keep=2) as manager:
-        run.finished = restore_checkpoint(run, manager) if c.resume else -1
-        try:
-            for iteration in range(run.finished + 1, last + 1):
-                run.seconds.clear()
-                m = espl_iteration(run, iteration) if iteration else {"iteration": 0}
-                if iteration % c.eval_every == 0 or iteration == last:
-                    m |= evaluate(run, iteration)
-                write_logs(run, m)
-                print_line(run, m)
-                run.finished = iteration
-                stop_if_lost(run, m)
-                if iteration % c.save_every == 0 or iteration == last:
-                    save_checkpoint(run, manager, iteration)
-        finally:  # stopped while the state was still that after an iteration: it is saved, whatever --save-every says
-            if run.finished >= 0 and run.finished not in manager.all_steps():
-                save_checkpoint(run, manager, run.finished)
+    if c.resume:
+        with checkpoint_manager(run, "checkpoints", keep=2) as manager:
+            run.finished = restore_checkpoint(run, manager)
+    try:
+        for iteration in range(run.finished + 1, last + 1):
+            run.seconds.clear()
+            run.tokens.clear()
+            m = espl_iteration(run, iteration) if iteration else {"iteration": 0}
+            if iteration % c.eval_every == 0 or iteration == last:
+                m |= evaluate(run, iteration, table=c.table and iteration == last)
+            write_logs(run, m)
+            print_line(run, m)
+            run.finished = iteration
+            stop_if_lost(run, m)
+            if iteration % c.save_every == 0 or iteration == last:
+                save_checkpoint(run, iteration)
+    finally:  # stopped while the state was still that after an iteration: it is saved, whatever --save-every says
+        if run.finished >= 0 and not (run.directory / "checkpoints" / str(run.finished)).exists():
+            save_checkpoint(run, run.finished)
 
 
 def espl_iteration(run: Run, iteration: int) -> dict:
@@ -222,18 +238,26 @@ def espl_iteration(run: Run, iteration: int) -> dict:
                                 "train", iteration))
     groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
     values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # so ties are exact
-    learning, evolution, run.finished = {}, {}, -1  # from here on the state is between two iterations, not to be saved
-    if c.mode in ("espl", "rl"):  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
+    run.finished = -1  # from here on the state is between two iterations, not to be saved
+
+    def learn() -> dict:  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
+        if c.mode not in ("espl", "rl"):
+            return {}
         with timed(run, "update"):
             rollouts = c.num_prompts * c.num_rollouts * len(problems_B)
             learning = rl_update(run.trainer, samples := to_samples(groups_MB, c), rollouts)
-            learning |= not_finite(run, iteration, learning, samples)
-    if c.mode != "rl":
+            return learning | not_finite(run, iteration, learning, samples)
+
+    def evolve() -> dict:
+        if c.mode == "rl":
+            return {}
         update_ratings(prompts_M, values_M, iteration, c.rating)                        # lines 10-11
         k = argmax(values_M, rng)                                                       # line 12
         with timed(run, "reflect"):
             reflect = partial(ask, run, iteration, Counter())                           # lines 13-21
-            evolution = breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng), iteration)
+            return breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng), iteration)
+
+    learning, evolution = side_by_side(run, learn, evolve) if external(c) else (learn(), evolve())
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
 
 
@@ -292,14 +316,17 @@ class Group:
 
 def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], split: str, iteration: int) -> list[Group]:
     """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl; split is
-    train, val, test, or test_greedy, which is decoded greedily."""
+    train, val, test, test_greedy (decoded greedily), test_before (of pi_ref) or test_after, these with test's seeds."""
     c, chat = run.config, run.chat
     prompts = [chat.ids(system_text(run.task, s.principles), x.question) for s, x, _ in pairs]
     sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens,
-                        run.seed(f"{split}/{iteration}"), f"sampling {split}")
+                        run.seed(f"{split.partition('_')[0]}/{iteration}"), f"sampling {split}")
+    theta = run.policy.theta_ref if split == "test_before" else run.policy.theta
     with timed(run, "sample" if split == "train" else "evaluate"):
-        responses = generate(run.policy, run.policy.theta, prompts, [n for _, _, n in pairs], sampling,
+        responses = generate(run.policy, theta, prompts, [n for _, _, n in pairs], sampling,
                              partial(answer_call, run, prompts) if run.task.tools else None)
+    run.tokens["rollouts" if split == "train" else "evaluation"] += sum(
+        p is not None for group in responses for y in group for p in y.logprobs)  # what tools said was not sampled
     with timed(run, "grade" if split == "train" else "evaluate"):
         last_turns = [(x, final_text(chat.text(y.tokens[y.turn:], y.tokens[:y.turn] or prompt)))
                       for (_, x, _), prompt, group in zip(pairs, prompts, responses) for y in group]
@@ -1664,12 +1691,10 @@ def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy
     named = [(path_name(path), leaf) for path, leaf in leaves]
     tensors = open_checkpoint(directory, named, cfg)
     weights = [load_weight(*item, tensors, cfg, mesh) for item in progress(named, desc="loading weights")]
-    whole = jax.jit(lambda leaves: [jnp.isfinite(w).all(tuple(range(path.startswith("layers/"), w.ndim)))
-                                    for (path, _), w in zip(named, leaves)])(weights)  # of each tensor
-    for (path, _), good in zip(named, whole):
-        for name, finite in zip(tensor_names(path, cfg), np.atleast_1d(good)):
-            if not finite:
-                raise UserError(f"tensor {name!r} of {directory} holds nan or infinity; download it again")
+    for (path, _), finite in zip(named, jax.jit(lambda ws: [jnp.isfinite(w).all() for w in ws])(weights)):
+        if not finite:
+            names = " or ".join(tensor_names(path, cfg))
+            raise UserError(f"there is nan or infinity in {names} of {directory}; download it again")
     adapter = jax.jit(lambda: laid_out(make()[1]))()  # of the random model, only the adapter is computed
     return make_policy(nnx.merge(graphdef, adapter, jax.tree.unflatten(treedef, weights)), mesh)
 
@@ -1723,7 +1748,7 @@ def task_file(name: str) -> dict[str, Any]:
         return {}
     if name in MATHS:
         read = lambda file, names: [] if file else [x for data_set in names for x in read_hub(data_set)]
-        return {"problems": lambda c: list(map(read, (c.train_file, c.test_file), MATHS[name]))}
+        return {"problems": lambda c: list(map(read, (c.train_file or c.eval_only, c.test_file), MATHS[name]))}
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / "tasks" / f"{name}.py"
     if not path.is_file():
         raise UserError(f"--task {name}: there is no {path}; get the folder tasks/, or choose of {', '.join(MATHS)}")
@@ -1737,11 +1762,13 @@ def load_task(c: Config) -> Task:
     with explained(f"task {c.task}: its texts, tools or problems fail"):
         texts = read_prompts(c.prompts_file or DEFAULT_PROMPTS, Path(c.task).stem, own.get("PROMPTS", ""))
         tools = own["tools"](c) if "tools" in own else {}
-        made = own["problems"](c) if "problems" in own and not (c.train_file and c.test_file) else ([], [])
+        given = c.test_file and (c.train_file or c.eval_only)
+        made = own["problems"](c) if "problems" in own and not given else ([], [])
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
     rng, parts, seen = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), [], set()
-    for file, records, flag_name in (c.test_file, made[1], "--test-file"), (c.train_file, made[0], "--train-file"):
+    sources = [(c.test_file, made[1], "--test-file"), (c.train_file, made[0], "--train-file")]
+    for file, records, flag_name in sources[: 1 if c.eval_only else 2]:
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
         new = {x.question: x for x in reversed(found) if x.question not in seen}  # of duplicates the first
         if not new:
@@ -1749,12 +1776,12 @@ def load_task(c: Config) -> Task:
             raise UserError(f"there is no problem in {where}; choose another {flag_name}")
         parts.append(list(new.values())[::-1])
         seen |= new.keys()  # never train on a test problem
-    test, train = parts
+    test, train = (*parts, [])[:2]
     test = [test[i] for i in sorted(rng(b"test").permutation(len(test))[: c.test_size or None])]
     train = [train[i] for i in rng(b"split").permutation(len(train))[: c.train_size]]
     held = min(c.val_size, len(train) // 5)
-    return Task(Path(c.task or c.train_file).stem, train[held:], train[:held], test, texts, own.get("reward"),
-                own.get("parse", parse_operations), tools)
+    return Task(Path(c.task or c.train_file or c.test_file).stem, train[held:], train[:held], test, texts,
+                own.get("reward"), own.get("parse", parse_operations), tools)
 
 
 def to_problem(record: Any, where: str) -> Problem:
@@ -2077,10 +2104,13 @@ class Run:
     trainer: Trainer
     population: list[SystemPrompt]
     directory: Path
+    tracker: Any = None                                   # of --track
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
     phase: str = "load"                                   # the latest
     finished: int = -1                                    # the iteration after which this is the state; -1: between two
+    tokens: Counter = field(default_factory=Counter)      # sampled in it: rollouts, reflections, evaluation
+    reflector_tokens: int = 0                             # in and out of --reflector URL in the whole run
 
     @property
     def policy(self) -> Policy:  # one model for sampler and trainer
@@ -2092,16 +2122,30 @@ class Run:
 
     def append(self, file: str, records: list[dict]) -> None:
         """Append records to a JSONL file of the run, all or none. A full disk is reported, it does not end the run."""
-        path, text = self.directory / file, b""
+        path, text = self.directory / file, ""
         size = path.stat().st_size if path.is_file() else 0
         try:
-            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
-            with open(path, "ab") as f:
+            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            with open(path, "a", encoding="utf-8") as f:
                 f.write(text)
         except (OSError, ValueError, TypeError) as e:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)  # no half line, on which the next one would be written
-            warn(f"could not write {path}: {first_line(e)}; {len(text):,} bytes are lost")
+            warn(f"could not write {path}: {first_line(e)}; {len(text):,} characters are lost")
+
+
+def start_tracker(c: Config) -> Any:
+    """The run of --track wandb:PROJECT or trackio:PROJECT, which have the same functions; None without."""
+    name, _, project = c.track.partition(":")
+    if not name:
+        return None
+    if name not in ("wandb", "trackio") or not project:
+        raise UserError(f"--track {c.track}: must be wandb:PROJECT or trackio:PROJECT")
+    with explained(f"--track {c.track} does not start", f"pip install {name}, log in, or set WANDB_MODE=offline"):
+        package = importlib.import_module(name)
+        more = {"id": Path(c.run_dir).name} if name == "wandb" else {}  # by which a resumed run is found
+        return package.init(project=project, name=Path(c.run_dir).name, config=dataclasses.asdict(c), resume="allow",
+                            **more)
 
 
 @contextlib.contextmanager
@@ -2116,6 +2160,9 @@ def timed(run: Run, phase: str):
 
 def start_run(c: Config) -> Run:
     """Load everything, then make (or reopen) the run directory: what is wrong is found before anything is written."""
+    external(c)  # finds mistakes
+    if c.eval_only and c.resume and not any(Path(c.resume, c.eval_from).glob("[0-9]*")):
+        raise UserError(f"there is no checkpoint in {Path(c.resume, c.eval_from)}")
     task = load_task(c)
     policy, chat = load_model(c)
     drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size, policy.cfg.max_context)
@@ -2126,14 +2173,16 @@ def start_run(c: Config) -> Run:
     optimizer = optax.apply_if_finite(optimizer, 2**30)  # one infinite gradient must not end a week's run
     trainer = Trainer(policy, optimizer, adam_init(optimizer, policy.theta),
                       Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef), c.microbatch_tokens)
-    c.run_dir = c.run_dir or f"runs/{task.name}-{c.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{c.resume}/eval" if c.resume else f"runs/{task.name}-{'eval' if c.eval_only else c.mode}"
+    c.run_dir = c.run_dir or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(c.run_dir)
     with explained(f"cannot write --run-dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-        if not c.resume and any(directory.iterdir()):
+        if (c.eval_only or not c.resume) and any(directory.iterdir()):
             raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
+        tracker = start_tracker(c)
         write_whole(directory / "config.json", json.dumps(dataclasses.asdict(c) | {"resume": ""}, indent=1))
-    return Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], directory)  # Alg. 1, line 1
+    return Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], directory, tracker)  # Alg. 1, line 1
 
 
 def load_model(c: Config) -> tuple[Policy, Chat]:
@@ -2210,18 +2259,76 @@ def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int, mo
 
 def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict]) -> list[str]:
     """The `ask` of a Tournament: requests of prompts_seed.txt answered by the reflection model, all in one batch."""
-    c, theta = run.config, run.policy.theta_ref if run.config.reflector == "reference" else run.policy.theta
-    calls[request] += 1  # for each call a seed of its own
-    limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
-    prompts = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
-    sampling = Sampling(c.reflect_temperature, c.top_p, c.reflect_tokens,
-                        run.seed(f"{request}/{calls[request]}/{iteration}"), f"reflecting: {request}")
-    responses = generate(run.policy, theta, prompts, [1] * len(prompts), sampling)
-    replies = [run.chat.text(r.tokens, ids) for ids, [r] in zip(prompts, responses)]
-    run.append("reflections.jsonl", [
-        dict(iteration=iteration, request=request, prompt=run.chat.tokenizer.decode(p), reply=reply)
-        for p, reply in zip(prompts, replies)])
+    c = run.config
+    calls[request] += 1
+    seed = run.seed(f"{request}/{calls[request]}/{iteration}")  # each call has its own
+    if external(c):
+        prompts = [fill(run.task.texts[request], s) for s in slots]
+        replies = ask_server(run, prompts, seed[1])
+    else:
+        theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
+        limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
+        ids = [fit_request(run.chat, run.task.texts[request], s, limit) for s in slots]
+        sampling = Sampling(c.reflect_temperature, c.top_p, c.reflect_tokens, seed, f"reflecting: {request}")
+        responses = [r for [r] in generate(run.policy, theta, ids, [1] * len(ids), sampling)]
+        run.tokens["reflections"] += sum(len(r.tokens) for r in responses)
+        prompts = map(run.chat.tokenizer.decode, ids)
+        replies = [run.chat.text(r.tokens, prompt) for r, prompt in zip(responses, ids)]
+    run.append("reflections.jsonl", [dict(iteration=iteration, request=request, prompt=prompt, reply=reply)
+                                     for prompt, reply in zip(prompts, replies)])
     return [final_text(reply).strip() for reply in replies]  # what a model thinks aloud is not its reply
+
+
+def external(c: Config) -> bool:
+    """Whether another server reflects, not the model that learns. Raises UserError if it cannot be asked."""
+    if c.reflector in ("reference", "current"):
+        return False
+    if not re.match(r"https?://[^@]+$", c.reflector) or not c.reflector_model:
+        raise UserError("--reflector is reference, current, or http(s)://HOST/v1, without a key, and --reflector-model")
+    if not importlib.util.find_spec("openai"):
+        raise UserError("--reflector URL needs the package of the protocol: pip install openai")
+    return True
+
+
+def side_by_side(run: Run, learn: Callable[[], dict], evolve: Callable[[], dict]) -> tuple[dict, dict]:
+    """Both results. evolve waits for a server, in a thread; the seconds saved are noted as a negative "overlap"."""
+    start = time.perf_counter()
+    with ThreadPool(1) as pool:  # of a daemon: an interrupted run need not wait for the server
+        job = pool.apply_async(evolve)
+        results = learn(), job.get()
+    run.seconds["overlap"] = time.perf_counter() - start - run.seconds["update"] - run.seconds["reflect"]
+    return results
+
+
+def ask_server(run: Run, prompts: list[str], seed: int) -> list[str]:
+    """Replies of an OpenAI-compatible server, "" where it failed; after 429, 5xx and silence its package tries again by
+    itself. Raises NoChild if none came, or no token is left."""
+    import openai
+    c, key, failures = run.config, os.environ.get("OPENAI_API_KEY") or "none", []
+
+    def reply(i: int) -> str:
+        try:
+            if 0 < c.max_reflector_tokens <= run.reflector_tokens:
+                raise NoChild("all of --max-reflector-tokens is spent")
+            answer = client.chat.completions.create(
+                model=c.reflector_model, messages=[{"role": "user", "content": prompts[i]}], seed=(seed + i) % 2**31,
+                temperature=c.reflect_temperature, top_p=c.top_p, max_tokens=c.reflect_tokens)
+            if answer.usage:
+                run.tokens["reflections"] += answer.usage.completion_tokens
+                run.reflector_tokens += answer.usage.total_tokens
+            return answer.choices[0].message.content or ""
+        except Exception as e:
+            failures.append(first_line(e).replace(key, "…"))
+            return ""
+
+    with (openai.OpenAI(base_url=c.reflector, api_key=key, timeout=c.reflector_timeout, max_retries=3) as client,
+          ThreadPool(c.reflector_concurrency) as pool):
+        replies = pool.map(reply, range(len(prompts)), chunksize=1)
+    if failures:
+        warn(f"{len(failures)} of {len(prompts)} requests to the reflector failed: {failures[0]}")
+    if len(failures) == len(prompts):
+        raise NoChild(f"the reflector failed: {failures[0]}")
+    return replies
 
 
 def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
@@ -2244,25 +2351,52 @@ def tested_prompt(run: Run) -> SystemPrompt:
     return max(pool, key=lambda s: (s.mu - c.ucb_lambda * s.sigma, bool(s.history), s.id))  # of equals who competed
 
 
-def evaluate(run: Run, iteration: int) -> dict:
-    """Score the tested prompt with pi_theta on validation and test problems; keep the weights if validation is best."""
-    s, n = tested_prompt(run), run.config.test_samples
+def score(run: Run, s: SystemPrompt, problems: list[Problem], split: str, iteration: int) -> dict[str, list[float]]:
+    """Mean reward and unbiased pass@k (Chen et al., 2021) on each problem, of prompt s and the weights of the split."""
+    n = 1 if split == "test_greedy" else run.config.test_samples
+    groups = sample_groups(run, [(s, x, n) for x in problems], split, iteration)
+    chance = lambda g, k: 1 - math.comb(n - g.outcomes.count("correct"), k) / math.comb(n, k)
+    return {"reward": [g.value for g in groups]} | {
+        f"pass@{k}": [chance(g, k) for g in groups] for k in sorted({n} | {2**i for i in range(n.bit_length())})}
+
+
+def make_table(run: Run, iteration: int, s: SystemPrompt, scores: dict[str, list[float]]) -> dict[str, dict]:
+    """{measure: {cell or gain: [mean, low, high]}} on the test set: weights before and after training x root and tested
+    prompt s, with 95 % bootstrap intervals over the problems. scores: of the last cell, which is known. Cells that are
+    equal by construction (frozen weights; s is the root) are there once."""
+    trained, found = run.config.mode in ("espl", "rl") and iteration > 0, {}
+    for w in ("before", "after")[: 1 + trained]:
+        for p in (run.population[0], s)[: 1 + (s.id > 0)]:
+            known = p is s and (w == "after") == trained
+            values = scores if known else score(run, p, run.task.test, f"test_{w}", iteration)
+            found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
+    gains = {"prompt alone": ("before, best", "before, root"), "weights alone": ("after, root", "before, root"),
+             "both": ("after, best", "before, root"), "interaction": ("both", "prompt alone", "weights alone")}
+    for gain, (whole, *parts) in gains.items():
+        if {whole, *parts} <= found.keys():
+            found[gain] = found[whole] - sum(found[part] for part in parts)
+    x, rng = np.array(list(found.values())), np.random.default_rng(0)  # one draw of problems for all cells: paired
+    means = [x[:, :, rng.integers(x.shape[2], size=x.shape[2])].mean(2) for _ in range(2000)]
+    stats = np.stack([x.mean(2), *np.quantile(means, (0.025, 0.975), axis=0)], -1).tolist()
+    return {measure: {name: row[i] for name, row in zip(found, stats)} for i, measure in enumerate(scores)}
+
+
+def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
+    """Score the tested prompt with pi_theta, and the 2 x 2 table if asked; keep the weights if validation is best."""
+    s = tested_prompt(run)
     result = {"iteration": iteration, "prompt": s.id}
     for split, problems in (("val", run.task.val), ("test", run.task.test)):
-        groups = sample_groups(run, [(s, x, n) for x in problems], split, iteration)
-        if groups:
-            result[split] = float(np.mean([g.value for g in groups]))
-            for k in sorted({k for k in (1, 2, 4, 8, n) if k <= n}):  # unbiased (Chen et al., 2021)
-                chances = [1 - math.comb(n - g.outcomes.count("correct"), k) / math.comb(n, k) for g in groups]
-                result[f"{split}_pass@{k}"] = float(np.mean(chances))
+        if problems:
+            scores = score(run, s, problems, split, iteration)  # at last those of the test set
+            result |= {f"{split}_{name}".removesuffix("_reward"): float(np.mean(x)) for name, x in scores.items()}
             s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
     if run.config.test_greedy:
-        groups = sample_groups(run, [(s, x, 1) for x in run.task.test], "test_greedy", iteration)
-        result["test_greedy"] = float(np.mean([g.value for g in groups]))
+        result["test_greedy"] = float(np.mean(score(run, s, run.task.test, "test_greedy", iteration)["reward"]))
+    if table:
+        result["table"] = make_table(run, iteration, s, scores)
     run.evaluations.append(result)
     if "val" in result and max(run.evaluations, key=lambda e: e["val"]) is result:  # the first of equals
-        with checkpoint_manager(run, "best", keep=1) as manager:
-            save_checkpoint(run, manager, iteration)
+        save_checkpoint(run, iteration, "best", keep=1)
     return result
 
 
@@ -2275,34 +2409,24 @@ def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((run.directory / name).absolute(), options=options)
 
 
-def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) -> None:
+def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints", keep: int = 2) -> None:
     """Everything needed to go on after this iteration: theta, Adam's state, the population, the evaluations."""
-    loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations}
+    loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations,
+            "reflector_tokens": run.reflector_tokens}
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
-
-    def save():
-        forget_failure()
-        for step in manager.all_steps():  # of a run that was killed and resumed before them
-            if step >= iteration:
-                manager.delete(step)
-        whole = loop | {"check": fingerprint(weights, loop)}
-        manager.save(iteration, args=ocp.args.Composite(
-            weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(whole)))
-        manager.wait_until_finished()
-
-    def forget_failure():
-        with contextlib.suppress(Exception):  # orbax raises an earlier one once in every thread
-            manager.wait_until_finished()
-
     try:
-        with ThreadPoolExecutor(1) as writer:  # a thread, as a stop interrupts the main one, and then waits for this
-            writer.submit(save).result()
+        with checkpoint_manager(run, name, keep) as manager:  # a new one knows of no save that failed
+            for step in manager.all_steps():  # of a run that was killed and resumed before them
+                if step >= iteration:
+                    manager.delete(step)
+            whole = loop | {"check": fingerprint(weights, loop)}
+            manager.save(iteration, args=ocp.args.Composite(
+                weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(whole)))
+            manager.wait_until_finished()
     except Exception as e:  # a full disk: the run goes on, and the next checkpoint may succeed
-        forget_failure()
-        for part in manager.directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)  # else they fill the disk for good
-        manager.reload()  # it took what was to be replaced for deleted
-        warn(f"could not save a checkpoint in {manager.directory}: {first_line(e)}; it takes up to "
+        for part in (run.directory / name).glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part, ignore_errors=True)  # else it fills the disk for good
+        warn(f"could not save a checkpoint in {run.directory / name}: {first_line(e)[:300]}; it takes up to "
              f"{sum(x.nbytes for x in jax.tree.leaves(weights)):,} bytes, the last one is kept")
 
 
@@ -2318,19 +2442,18 @@ def fingerprint(weights, loop: dict) -> list[int]:
 def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
     """Bring `run` back to its latest whole checkpoint and cut its logs there; returns its iteration, -1: none."""
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
-    how = ocp.args.Composite(loop=ocp.args.JsonRestore(), weights=ocp.args.StandardRestore(
-        jax.tree.map(ocp.utils.to_shape_dtype_struct, weights)))
-    done = -1
-    for step in sorted(manager.all_steps(), reverse=True):
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, weights)
+    how = ocp.args.Composite(loop=ocp.args.JsonRestore(), weights=ocp.args.StandardRestore(like))
+    steps, done = sorted(manager.all_steps()), -1
+    while steps and done < 0:
         try:
-            state = manager.restore(step, args=how)
+            state = manager.restore(step := steps.pop(), args=how)
             weights, loop = state["weights"], state["loop"]
             if loop.pop("check", None) not in (None, fingerprint(weights, loop)):
                 raise ValueError("its checksum is not that of its content")
-            run.population = [SystemPrompt(**s) for s in loop["prompts"]]
-            run.policy.theta, run.trainer.opt_state = weights["theta"], weights["opt_state"]
-            run.evaluations, done = loop["evaluations"], step
-            break
+            run.population, run.evaluations = [SystemPrompt(**s) for s in loop["prompts"]], loop["evaluations"]
+            run.reflector_tokens = loop.get("reflector_tokens", 0)
+            run.policy.theta, run.trainer.opt_state, done = weights["theta"], weights["opt_state"], step
         except Exception as e:
             warn(f"the checkpoint {manager.directory / str(step)} is damaged: {first_line(e)[:300]}")
     if done < 0 and manager.all_steps():
@@ -2360,30 +2483,32 @@ def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[
     """What metrics.jsonl says of an iteration's rollouts and ratings (docs/metrics.md)."""
     groups = [g for row in groups_MB for g in row]
     responses, outcomes = [y for g in groups for y in g.responses], [o for g in groups for o in g.outcomes]
-    tokens = sum(p is not None for y in responses for p in y.logprobs)  # sampled ones
     tools = {"tool_calls": float(np.mean([y.calls for y in responses])),
              "too_many_calls": sum(y.stop == "calls" for y in responses) / len(responses)} if run.task.tools else {}
     return {"reward_mean": float(np.mean([r for g in groups for r in g.rewards])),
             "rewards": {s.id: v for s, v in zip(prompts_M, values_M)},
             "ratings": {s.id: [s.mu, s.sigma] for s in run.population[-run.config.window:]},
             "contrast_groups": sum(g.contrast for g in groups) / len(groups),
-            "response_tokens": tokens / len(responses),
+            "response_tokens": run.tokens["rollouts"] / len(responses),
             "truncated": sum(y.stop == "length" for y in responses) / len(responses),
-            "outcomes": dict(Counter(outcomes)), "rollout_tokens_per_second": tokens / run.seconds["sample"]} | tools
+            "outcomes": dict(Counter(outcomes)),
+            "rollout_tokens_per_second": run.tokens["rollouts"] / run.seconds["sample"]} | tools
 
 
 def write_logs(run: Run, m: dict) -> None:
     """The iteration's line of metrics.jsonl, population.json, and the pictures, of quick runs only at the end."""
-    m["seconds"] = dict(run.seconds)
+    m |= {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}
     run.append("metrics.jsonl", [m])
     try:
+        if run.tracker:
+            run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
         slow = "test" in m and sum(run.seconds.values()) > 10
         if REPORT.is_file() and (slow or m["iteration"] == last_iteration(run)):
             runpy.run_path(str(REPORT))["draw"](run.directory)
     except Exception as e:
-        warn(f"could not write population.json or a picture: {first_line(e)}")
+        warn(f"could not write population.json or a picture, or --track: {first_line(e)}")
 
 
 count_not_finite = jax.jit(lambda tree: sum(jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree)))
@@ -2425,7 +2550,8 @@ def print_line(run: Run, m: dict) -> None:
     parts += [f"{n} {name} not finite" for name, n in m.get("not_finite", {}).items() if n]
     bred = [f"+{x['id']} from {', '.join(map(str, x['parents']))}" for x in m.get("children", {}).values()]
     scores = [f"{split} {short(m[split])}" for split in ("val", "test") if split in m]
-    parts += filter(None, [" ".join(bred), f"{sum(m['seconds'].values()):.1f} s", " ".join(scores)])
+    saved = f" ({-m['seconds']['overlap']:.1f} saved)" if "overlap" in m["seconds"] else ""
+    parts += filter(None, [" ".join(bred), f"{sum(m['seconds'].values()):.1f} s{saved}", " ".join(scores)])
     if m["iteration"] % 20 == 0:
         tqdm.write(HEADS)
     tqdm.write(" | ".join(parts))
@@ -2443,6 +2569,18 @@ def summary(evaluations: list[dict]) -> dict[str, dict]:
     return {"base model": first, "final": final, "mean of last 5": mean} | picked  # the first of equals
 
 
+def table_text(table: dict[str, dict], prompt: int, measure: str) -> str:
+    """One measure of `make_table`'s table, as on the screen."""
+    head = "root prompt".rjust(28) + f"prompt {prompt}".rjust(28) * ("before, best" in table[measure])
+    rows = {f"{measure} (95 % interval over problems)": head}
+    for name, values in table[measure].items():
+        weights, cell, _ = name.partition(", ")
+        title = f"weights {weights} training" if cell else f"gain: {name}"
+        form = "{:.3f} ({:.3f} to {:.3f})" if cell else "{:+.3f} ({:+.3f} to {:+.3f})"
+        rows[title] = rows.get(title, "") + form.format(*values).rjust(28)
+    return "\n".join(title.ljust(42) + cells for title, cells in rows.items())
+
+
 def closing_report(run: Run) -> str:
     """What a run ends with: the scores on the test set, the tested prompt, and where the files are."""
     c, s = run.config, tested_prompt(run)
@@ -2452,8 +2590,23 @@ def closing_report(run: Run) -> str:
     for name, row in summary(run.evaluations).items():
         name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
         lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
+    if table := run.evaluations[-1].get("table"):
+        lines += ["", table_text(table, s.id, "reward")]
     return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}",
                       re.sub("^", "    ", listing(numbered(s.principles)), flags=re.M), "", f"files: {run.directory}"])
+
+
+def evaluate_only(run: Run) -> str:
+    """--eval-only: the table of a run's checkpoint, or the one cell of a model, with pass@k; returns what to say."""
+    c, iteration = run.config, 0
+    if c.resume:
+        with checkpoint_manager(run, str(Path(c.resume, c.eval_from).absolute()), keep=2) as manager:
+            iteration = restore_checkpoint(run, manager)
+    m = evaluate(run, iteration, table=True)
+    run.append("metrics.jsonl", [m | {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}])
+    head = f"iteration {iteration}: {c.test_samples} responses at T = {c.temperature:g} to each test problem"
+    blocks = [table_text(m["table"], m["prompt"], measure) for measure in m["table"]]
+    return "\n\n".join([head, *blocks, f"files: {run.directory}"])
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -2469,7 +2622,7 @@ def parse_args(argv: list[str]) -> Config:
     if named.resume:
         path = Path(named.resume) / "config.json"
         with explained(f"cannot read {path}", "--resume takes an earlier run's directory"):
-            saved = json.loads(path.read_text()) | {"run_dir": named.resume}
+            saved = json.loads(path.read_text()) | {"run_dir": "" if "--eval-only" in argv else named.resume}
             named.task = saved["task"]
     elif not (named.task or named.train_file or named.test_file):
         named.task = "glyphs"
@@ -2484,14 +2637,15 @@ def parse_args(argv: list[str]) -> Config:
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
     parser.error, fields = stop, {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(kind)}
-    titles = dict.fromkeys(f.metadata["group"] for f in fields.values())
-    groups = {title: parser.add_argument_group(title) for title in titles}
+    title = lambda f: "Most used" if f.name in MOST_USED else f.metadata["group"]
+    titles = dict.fromkeys(["Most used", *map(title, fields.values())])
+    groups = {name: parser.add_argument_group(name) for name in titles}
     for name, f in fields.items():
         m, value = f.metadata, defaults[f.name]
         how = dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else dict(
             type=type(f.default), choices=m["choices"], metavar=None if m["choices"] else type(value).__name__.upper())
         text = f"[{m['symbol']}] " * bool(m["symbol"]) + m["text"] + f" (default: {value})" * (value != "")
-        groups[m["group"]].add_argument(name, help=text.replace("%", "%%"), **how)
+        groups[title(f)].add_argument(name, help=text.replace("%", "%%"), **how)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
@@ -2501,7 +2655,7 @@ def parse_args(argv: list[str]) -> Config:
         defaults["ucb_lambda"] = 0.0
     for name, f in fields.items():
         value, m = (defaults | given)[f.name], f.metadata
-        if saved and f.name not in RESUMABLE and value != defaults[f.name]:
+        if saved and f.name not in (EVALUABLE if given.get("eval_only") else RESUMABLE) and value != defaults[f.name]:
             raise UserError(f"{name} cannot change when resuming; start a new run")
         types = (int, float) if isinstance(f.default, float) else type(f.default)
         if not isinstance(value, types) or m["choices"] and value not in m["choices"]:  # of a task file's DEFAULTS
@@ -2514,7 +2668,8 @@ def parse_args(argv: list[str]) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit code: 0, 2 for bad input or too little memory, 130 or 143 when stopped."""
-    run, again = None, lambda: f"; continue with: python espl.py --resume {run.directory}" if run else ""
+    run, again = None, lambda: (f"; continue with: python espl.py --resume {run.directory}"
+                                if run and not c.eval_only else "")
     try:
         c = parse_args(sys.argv[1:] if argv is None else argv)
         if c.compile_cache:
@@ -2522,15 +2677,15 @@ def main(argv: list[str] | None = None) -> int:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
         run = start_run(c)
         task, cfg = run.task, run.policy.cfg
-        prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train]
+        prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train or task.test]
         lengths = max(map(len, prompts)), min(max(map(len, prompts)) + c.max_new_tokens, run.policy.context)
         first, last = (rows_for(run.policy, 2**30, cache_length(run.policy, n)) for n in lengths)
-        print(f"{c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
-              f"problems, {last_iteration(run)} iterations\n{c.model} ({cfg.dtype}, "
-              f"{f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on {len(jax.devices())} "
-              f"{jax.default_backend()} device(s), up to {first} rollouts at once"
+        print(f"{'evaluation' if c.eval_only else f'{c.mode}, {last_iteration(run)} iterations,'} on {task.name}: "
+              f"{len(task.train)} training, {len(task.val)} validation, {len(task.test)} test problems\n{c.model} "
+              f"({cfg.dtype}, {f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on "
+              f"{len(jax.devices())} {jax.default_backend()} device(s), up to {first} rollouts at once"
               f"{f', {last} of the longest' * (last < first)}\nwriting {run.directory}", flush=True)
-        train(run)
+        report = evaluate_only(run) if c.eval_only else train(run) or closing_report(run)
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)
         return 2
@@ -2538,30 +2693,29 @@ def main(argv: list[str] | None = None) -> int:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         phase = run.phase if run else "load"
-        lower = {"load": "--max-rows, --lora-rank", "update": "--microbatch-tokens, --max-new-tokens",
+        lower = {"load": "--lora-rank, --max-rows", "update": "--microbatch-tokens, --max-new-tokens",
                  "reflect": "--max-rows, --reflect-tokens"}.get(phase, "--max-rows, --max-new-tokens")
-        print(f"espl: error: out of memory in phase {phase} ({first_line(e)}); lower {lower} or --context "
-              f"(the first may change when resuming){again()}", file=sys.stderr)
+        print(f"espl: error: out of memory in phase {phase} ({first_line(e)}); lower {lower} or --context{again()}",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         number = signal.Signals(e.args[0] if e.args else signal.SIGINT)
         print(f"\nespl: interrupted by {number.name}{again()}", file=sys.stderr)
         return 128 + number
-    print(closing_report(run))
+    print(report)
     return 0
 
 
 if __name__ == "__main__":
     sys.modules["espl"] = sys.modules["__main__"]  # tools that import espl get this very module
 
-    def stop(number, _):
-        """The first SIGTERM or Ctrl-C is raised wherever the program is; a second one ends it at once."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def stop(number, _):  # the first SIGTERM or Ctrl-C is raised wherever the program is, a second one ends it at once
+        for s in handled:
+            signal.signal(s, signal.SIG_DFL)
         raise KeyboardInterrupt(number)
 
-    signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell has it for `nohup … &`
-        signal.signal(signal.SIGINT, stop)
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # of a task's library
+    handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]  # by `nohup … &`
+    for s in handled:
+        signal.signal(s, stop)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a task's own processes
     sys.exit(main())
