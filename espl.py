@@ -44,14 +44,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -200,9 +204,11 @@ def train(run: Run) -> None:
     """Algorithm 1's loop, with evaluations (the first before training), logs and checkpoints."""
     c = run.config
     last = last_iteration(run)
-    with checkpoint_manager(run, "checkpoints", keep=2) as manager:
-        done = restore_checkpoint(run, manager) if c.resume else -1
-        for iteration in range(done + 1, last + 1):
+    if c.resume:
+        with checkpoint_manager(run, "checkpoints", keep=2) as manager:
+            run.finished = restore_checkpoint(run, manager)
+    try:
+        for iteration in range(run.finished + 1, last + 1):
             run.seconds.clear()
             run.tokens.clear()
             m = espl_iteration(run, iteration) if iteration else {"iteration": 0}
@@ -210,8 +216,13 @@ def train(run: Run) -> None:
                 m |= evaluate(run, iteration, table=c.table and iteration == last)
             write_logs(run, m)
             print_line(run, m)
+            run.finished = iteration
+            stop_if_lost(run, m)
             if iteration % c.save_every == 0 or iteration == last:
-                save_checkpoint(run, manager, iteration)
+                save_checkpoint(run, iteration)
+    finally:  # stopped while the state was still that after an iteration: it is saved, whatever --save-every says
+        if run.finished >= 0 and not (run.directory / "checkpoints" / str(run.finished)).exists():
+            save_checkpoint(run, run.finished)
 
 
 def espl_iteration(run: Run, iteration: int) -> dict:
@@ -227,13 +238,15 @@ def espl_iteration(run: Run, iteration: int) -> dict:
                                 "train", iteration))
     groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
     values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # so ties are exact
+    run.finished = -1  # from here on the state is between two iterations, not to be saved
 
     def learn() -> dict:  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
         if c.mode not in ("espl", "rl"):
             return {}
         with timed(run, "update"):
             rollouts = c.num_prompts * c.num_rollouts * len(problems_B)
-            return rl_update(run.trainer, to_samples(groups_MB, c), rollouts)
+            learning = rl_update(run.trainer, samples := to_samples(groups_MB, c), rollouts)
+            return learning | not_finite(run, iteration, learning, samples)
 
     def evolve() -> dict:
         if c.mode == "rl":
@@ -1689,6 +1702,10 @@ def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy
     named = [(path_name(path), leaf) for path, leaf in leaves]
     tensors = open_checkpoint(directory, named, cfg)
     weights = [load_weight(*item, tensors, cfg, mesh) for item in progress(named, desc="loading weights")]
+    for (path, _), finite in zip(named, jax.jit(lambda ws: [jnp.isfinite(w).all() for w in ws])(weights)):
+        if not finite:
+            names = " or ".join(tensor_names(path, cfg))
+            raise UserError(f"there is nan or infinity in {names} of {directory}; download it again")
     adapter = jax.jit(lambda: laid_out(make()[1]))()  # of the random model, only the adapter is computed
     return make_policy(nnx.merge(graphdef, adapter, jax.tree.unflatten(treedef, weights)), mesh)
 
@@ -2093,8 +2110,9 @@ def explained(what: str, advice: str = ""):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of somebody else's error message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The line of somebody else's error message that tells most: the first, or the last if that one ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if lines[0].endswith(":") else 0]
 
 
 def warn(message: str) -> None:
@@ -2119,6 +2137,8 @@ class Run:
     tracker: Any = None                                   # of --track
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
+    phase: str = "load"                                   # the latest
+    finished: int = -1                                    # the iteration after which this is the state; -1: between two
     tokens: Counter = field(default_factory=Counter)      # sampled in it: rollouts, reflections, evaluation
     reflector_tokens: int = 0                             # in and out of --reflector URL in the whole run
 
@@ -2131,12 +2151,17 @@ class Run:
         return self.config.seed, zlib.crc32(purpose.encode())
 
     def append(self, file: str, records: list[dict]) -> None:
-        """Append records to a JSONL file of the run. A full disk is reported, it does not end the run."""
+        """Append records to a JSONL file of the run, all or none. A full disk is reported, it does not end the run."""
+        path, text = self.directory / file, ""
+        size = path.stat().st_size if path.is_file() else 0
         try:
-            with open(self.directory / file, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(text)
         except (OSError, ValueError, TypeError) as e:
-            warn(f"could not write {file}: {first_line(e)}")
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # no half line, on which the next one would be written
+            warn(f"could not write {path}: {first_line(e)}; {len(text):,} characters are lost")
 
 
 def start_tracker(c: Config) -> Any:
@@ -2156,7 +2181,7 @@ def start_tracker(c: Config) -> Any:
 @contextlib.contextmanager
 def timed(run: Run, phase: str):
     """Adds the seconds of a `with` block to run.seconds[phase]."""
-    start = time.perf_counter()
+    run.phase, start = phase, time.perf_counter()
     try:
         yield
     finally:
@@ -2170,7 +2195,9 @@ def start_run(c: Config) -> Run:
         raise UserError(f"there is no checkpoint in {Path(c.resume, c.eval_from)}")
     task = load_task(c)
     policy, chat = load_model(c)
-    drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size)
+    drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size, policy.cfg.max_context)
+    if c.batch_size > len(task.train):
+        warn(f"--batch-size {c.batch_size}: there are {len(task.train)} training problems, all in every batch")
     steps = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
     optimizer = optax.chain(*steps, optax.adam(c.learning_rate, b1=0.9, b2=0.95, eps=1e-8))
     optimizer = optax.apply_if_finite(optimizer, 2**30)  # one infinite gradient must not end a week's run
@@ -2243,7 +2270,7 @@ def cache_tokens(policy: Policy, memory: dict[str, float]) -> int:
     return int(max(0.0, 0.85 * free / token_bytes(cfg, mesh)))
 
 
-def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:
+def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int, most: int = sys.maxsize) -> None:
     """Leave out problems whose prompt, with the root principles, has no room for a response; say how many."""
     for split, problems in {"train": task.train, "val": task.val, "test": task.test}.items():
         ids = [chat.ids(system_text(task, task.root), x.question) for x in problems]
@@ -2253,7 +2280,8 @@ def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) ->
         if len(kept) < len(problems):
             warn(f"left out {len(problems) - len(kept)} of {len(problems)} {split} problems: over {context} tokens")
         if problems and not kept and split != "val":
-            raise UserError(f"no {split} problem fits into {context} tokens; raise --context or use another --model")
+            raise UserError(f"no {split} problem fits into {context} tokens; "
+                            f"{'raise --context or ' * (context < most)}use another --model")
         problems[:] = kept
 
 
@@ -2399,8 +2427,7 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
         result["table"] = make_table(run, iteration, s, scores)
     run.evaluations.append(result)
     if "val" in result and max(run.evaluations, key=lambda e: e["val"]) is result:  # the first of equals
-        with checkpoint_manager(run, "best", keep=1) as manager:
-            save_checkpoint(run, manager, iteration)
+        save_checkpoint(run, iteration, "best", keep=1)
     return result
 
 
@@ -2408,45 +2435,70 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
     """Orbax checkpoints in <run>/<name>."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # hundreds of lines about what it also raises
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     return ocp.CheckpointManager((run.directory / name).absolute(), options=options)
 
 
-def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) -> None:
+def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints", keep: int = 2) -> None:
     """Everything needed to go on after this iteration: theta, Adam's state, the population, the evaluations."""
     loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations,
             "reflector_tokens": run.reflector_tokens}
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
     try:
-        for step in manager.all_steps():  # of a run that was killed and resumed before them
-            if step >= iteration:
-                manager.delete(step)
-        manager.save(iteration, args=ocp.args.Composite(
-            weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(loop)))
-        manager.wait_until_finished()
+        with checkpoint_manager(run, name, keep) as manager:  # a new one knows of no save that failed
+            for step in manager.all_steps():  # of a run that was killed and resumed before them
+                if step >= iteration:
+                    manager.delete(step)
+            whole = loop | {"check": fingerprint(weights, loop)}
+            manager.save(iteration, args=ocp.args.Composite(
+                weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(whole)))
+            manager.wait_until_finished()
     except Exception as e:  # a full disk: the run goes on, and the next checkpoint may succeed
-        warn(f"could not save a checkpoint: {first_line(e)}")
+        for part in (run.directory / name).glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part, ignore_errors=True)  # else it fills the disk for good
+        warn(f"could not save a checkpoint in {run.directory / name}: {first_line(e)[:300]}; it takes up to "
+             f"{sum(x.nbytes for x in jax.tree.leaves(weights)):,} bytes, the last one is kept")
+
+
+bit_sum = jax.jit(lambda tree: sum(jnp.sum(x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32))
+                                   for x in jax.tree.leaves(tree)))  # modulo 2^32, in any order and layout
+
+
+def fingerprint(weights, loop: dict) -> list[int]:
+    """Tells a damaged checkpoint: orbax does not see a flipped bit of a weight."""
+    return [int(bit_sum(weights)), zlib.crc32(json.dumps(loop, sort_keys=True).encode())]
 
 
 def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
-    """Bring `run` back to its latest checkpoint and cut its logs there; returns the iteration, -1 if there is none."""
-    if (done := max(manager.all_steps(), default=-1)) >= 0:
-        like = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
-        state = manager.restore(done, args=ocp.args.Composite(
-            weights=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
-            loop=ocp.args.JsonRestore()))
-        run.policy.theta, run.trainer.opt_state = state["weights"]["theta"], state["weights"]["opt_state"]
-        run.population = [SystemPrompt(**s) for s in state["loop"]["prompts"]]
-        run.evaluations = state["loop"]["evaluations"]
-        run.reflector_tokens = state["loop"].get("reflector_tokens", 0)
-    logs = [run.directory / name for name in ("metrics.jsonl", "rollouts.jsonl", "reflections.jsonl")]
+    """Bring `run` back to its latest whole checkpoint and cut its logs there; returns its iteration, -1: none."""
+    weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, weights)
+    how = ocp.args.Composite(loop=ocp.args.JsonRestore(), weights=ocp.args.StandardRestore(like))
+    steps, done = sorted(manager.all_steps()), -1
+    while steps and done < 0:
+        try:
+            state = manager.restore(step := steps.pop(), args=how)
+            weights, loop = state["weights"], state["loop"]
+            if loop.pop("check", None) not in (None, fingerprint(weights, loop)):
+                raise ValueError("its checksum is not that of its content")
+            run.population, run.evaluations = [SystemPrompt(**s) for s in loop["prompts"]], loop["evaluations"]
+            run.reflector_tokens = loop.get("reflector_tokens", 0)
+            run.policy.theta, run.trainer.opt_state, done = weights["theta"], weights["opt_state"], step
+        except Exception as e:
+            warn(f"the checkpoint {manager.directory / str(step)} is damaged: {first_line(e)[:300]}")
+    if done < 0 and manager.all_steps():
+        raise UserError(f"no checkpoint in {manager.directory} is whole; start a new run")
+    logs = [run.directory / f"{name}.jsonl" for name in ("metrics", "rollouts", "reflections", "not_finite")]
     for path in filter(Path.is_file, logs):
         with open(path, "rb+") as file:  # bytes: only \n ends a record
-            end = kept = 0
+            end, kept, line = 0, 0, b"\n"
             for line in file:
                 end += len(line)
                 with contextlib.suppress(ValueError):  # the line that was being written may be incomplete
-                    kept = end if json.loads(line)["iteration"] <= done else kept
+                    kept = end if line.endswith(b"\n") and json.loads(line)["iteration"] <= done else kept
+            if not line.endswith(b"\n"):
+                warn(f"the last line of {path} was incomplete; it is cut off")
             file.truncate(kept)
     return done
 
@@ -2490,6 +2542,30 @@ def write_logs(run: Run, m: dict) -> None:
         warn(f"could not write population.json or a picture, or --track: {first_line(e)}")
 
 
+count_not_finite = jax.jit(lambda tree: sum(jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree)))
+
+
+def not_finite(run: Run, iteration: int, learning: dict, samples: list[Sample]) -> dict:
+    """What metrics.jsonl says of an update with nan or infinity, whose rollouts go to not_finite.jsonl; else {}."""
+    found = {"weights": int(count_not_finite(run.policy.theta)),
+             "loss": int(not math.isfinite(learning.get("loss", 0.0))),
+             "updates": int(run.trainer.opt_state.notfinite_count)}  # left out in a row
+    if "skipped" in learning or not any(found.values()):
+        return {}
+    run.append("not_finite.jsonl", [{"iteration": iteration} | vars(s) for s in samples])
+    return {"not_finite": found}
+
+
+def stop_if_lost(run: Run, m: dict) -> None:
+    """Ends a run after five updates in a row that were left out (resumed, it has five more), or with such weights."""
+    bad = m.get("not_finite", {"weights": 0, "updates": 0})
+    if bad["weights"] or bad["updates"] and bad["updates"] % 5 == 0:
+        run.finished = -1 if bad["weights"] else run.finished  # no checkpoint of these
+        raise UserError(f"{bad['weights']} weights, and the gradients of {bad['updates']} updates in a row, are nan or "
+                        f"infinite (rollouts: {run.directory / 'not_finite.jsonl'}); lower --learning-rate in a new run"
+                        f", or continue with: python espl.py --resume {run.directory}")
+
+
 # ---- The screen and the program
 
 def print_line(run: Run, m: dict) -> None:
@@ -2502,6 +2578,7 @@ def print_line(run: Run, m: dict) -> None:
     if "loss" in m:
         parts.append(f"grad {short(m['grad_norm'], 2)} H {short(m['entropy'], 2)}")
     parts += ["no step"] * ("skipped" in m)
+    parts += [f"{n} {name} not finite" for name, n in m.get("not_finite", {}).items() if n]
     bred = [f"+{x['id']} from {', '.join(map(str, x['parents']))}" for x in m.get("children", {}).values()]
     scores = [f"{split} {short(m[split])}" for split in ("val", "test") if split in m]
     saved = f" ({-m['seconds']['overlap']:.1f} saved)" if "overlap" in m["seconds"] else ""
@@ -2602,7 +2679,11 @@ def parse_args(argv: list[str]) -> Config:
             type=type(f.default), choices=m["choices"], metavar=None if m["choices"] else type(value).__name__.upper())
         text = f"[{m['symbol']}] " * bool(m["symbol"]) + m["text"] + f" (default: {value})" * (value != "")
         groups[title(f)].add_argument(name, help=text.replace("%", "%%"), **how)
-    given = vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
+        stop(f"unknown {unknown[0]}" + f", did you mean {near[0]}?" * bool(near))
+    given = vars(given)
     if given.get("rating") == "last" and not saved:
         defaults["ucb_lambda"] = 0.0
     for name, f in fields.items():
@@ -2619,8 +2700,9 @@ def parse_args(argv: list[str]) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
-    run = None
+    """The program; returns its exit code: 0, 2 for bad input or too little memory, 130 or 143 when stopped."""
+    run, again = None, lambda: (f"; continue with: python espl.py --resume {run.directory}"
+                                if run and not c.eval_only else "")
     try:
         c = parse_args(sys.argv[1:] if argv is None else argv)
         if c.compile_cache:
@@ -2640,14 +2722,33 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        again = f"; continue with: python espl.py --resume {run.directory}" if run and not c.eval_only else ""
-        print(f"\nespl: interrupted{again}", file=sys.stderr)
-        return 130
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        phase = run.phase if run else "load"
+        lower = {"load": "--lora-rank, --max-rows", "update": "--microbatch-tokens, --max-new-tokens",
+                 "reflect": "--max-rows, --reflect-tokens"}.get(phase, "--max-rows, --max-new-tokens")
+        print(f"espl: error: out of memory in phase {phase} ({first_line(e)}); lower {lower} or --context{again()}",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        number = signal.Signals(e.args[0] if e.args else signal.SIGINT)
+        print(f"\nespl: interrupted by {number.name}{again()}", file=sys.stderr)
+        return 128 + number
     print(report)
     return 0
 
 
 if __name__ == "__main__":
     sys.modules["espl"] = sys.modules["__main__"]  # tools that import espl get this very module
+
+    def stop(number, _):  # the first SIGTERM or Ctrl-C is raised wherever the program is, a second one ends it at once
+        for s in handled:
+            signal.signal(s, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]  # by `nohup … &`
+    for s in handled:
+        signal.signal(s, stop)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a task's own processes
     sys.exit(main())

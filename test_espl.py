@@ -23,6 +23,7 @@ import http.server
 import json
 import math
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -2775,12 +2776,16 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("save_every, stop, again", [(1, KeyboardInterrupt, ["4"]), (2, Killed, ["3", "4"])])
+@pytest.mark.parametrize("save_every, stop, again", [
+    (9, KeyboardInterrupt(signal.SIGTERM), ["4"]), (2, Killed(), ["3", "4"])], ids=["stopped", "killed"])
 def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop, again):
-    """Stopped before iteration 4's checkpoint, with debris in the logs. Validation improves, so `best` is saved."""
+    """Ended before iteration 4's checkpoint, with debris in the logs. Validation improves, so `best` is saved. Stopped
+    while it samples, a run saves what iteration 3 left; a kill after the line of iteration 4 saves nothing."""
     sample_groups, print_line, broken = espl.sample_groups, espl.print_line, tmp_path / "broken"
 
-    def improving(run, pairs, split, iteration):
+    def improving(run, pairs, split, iteration, stop=None):
+        if stop and iteration == 4:
+            raise stop
         groups = sample_groups(run, pairs, split, iteration)
         for g in groups if split == "val" else ():
             g.rewards = [iteration / 10] * len(g.rewards)
@@ -2794,8 +2799,10 @@ def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop,
     argv = dict(iterations=4, eval_every=1, save_every=save_every, num_rollouts=3)
     whole = play(flags(world, tmp_path / "whole", **argv), sample_groups=improving)
     try:
-        play(flags(world, broken, **argv), 130, sample_groups=improving, print_line=stopping)
-        assert f"--resume {broken}" in capsys.readouterr().err
+        killed = dict(sample_groups=improving, print_line=stopping)
+        stopped = dict(sample_groups=partial(improving, stop=stop))
+        play(flags(world, broken, **argv), 143, **(killed if isinstance(stop, Killed) else stopped))
+        assert f"interrupted by SIGTERM; continue with: python espl.py --resume {broken}" in capsys.readouterr().err
     except Killed:
         pass
     with open(broken / "rollouts.jsonl", "a") as f:
@@ -2803,8 +2810,9 @@ def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop,
     with open(broken / "metrics.jsonl", "a") as f:
         f.write('{"iteration": 5, "reward_mean": 0.')
     capsys.readouterr()
-    resumed = play(["--resume", broken], sample_groups=improving)
-    assert re.findall(r"^ +(\d) \|", capsys.readouterr().out, re.M) == again
+    resumed, said = play(["--resume", broken], sample_groups=improving), capsys.readouterr()
+    assert re.findall(r"^ +(\d) \|", said.out, re.M) == again
+    assert re.findall(r"the last line of (.*) was incomplete", said.err) == [str(broken / "metrics.jsonl")]
     assert metrics(resumed) == metrics(whole) and prompts_of(resumed) == prompts_of(whole)
     for name in ("rollouts.jsonl", "reflections.jsonl"):
         assert (broken / name).read_bytes() == (whole.directory / name).read_bytes()
@@ -2968,9 +2976,10 @@ def test_a_tracker_gets_the_numbers_of_every_iteration(world, tmp_path, monkeypa
 # ---- what must not end a run, and what must --------------------------------------------------------------------------
 
 
-def test_a_batch_without_signal_is_a_logged_no_op(world, tmp_path):
+def test_a_batch_without_signal_is_a_logged_no_op(world, tmp_path, capsys):
     hopeless = write_jsonl(tmp_path / "t.jsonl", [{"problem": f"problem {i}", "answer": 77} for i in range(5)])
-    run = play(flags(world, tmp_path / "run", train_file=hopeless, iterations=1, val_size=0))
+    run = play(flags(world, tmp_path / "run", train_file=hopeless, iterations=1, val_size=0, batch_size=6))
+    assert "--batch-size 6: there are 5 training problems" in capsys.readouterr().err
     m = metrics(run)[1]
     assert m["skipped"] and "loss" not in m and not m["children"] and set(m["no_child"]) == {"mutation", "crossover"}
     assert equal(run.policy.theta, run.policy.theta_ref) and "val" not in m
@@ -3040,11 +3049,98 @@ def test_interrupted_from_outside(world, tmp_path, ctrl_c):
     assert [m["iteration"] for m in metrics(play(["--resume", tmp_path / "run"]))] == [0, 1]
 
 
+def test_killed_and_terminated_from_outside(world, run_of, tmp_path):
+    """SIGKILL as iteration 1 begins; SIGTERM to what goes on, where SIGINT is ignored, as of `nohup … &`."""
+    whole, begin = run_of("rl"), [sys.executable, "-u", espl.__file__]
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for argv, seen, signals, code in ((flags(world, tmp_path / "run", mode="rl"), "   0 |", ["KILL"], -9),
+                                      (["--resume", str(tmp_path / "run")], "writing", ["INT", "TERM"], 143)):
+        process = subprocess.Popen([*begin, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=ignore)
+        assert any(line.startswith(seen) for line in process.stdout)
+        for name in signals:
+            process.send_signal(getattr(signal, f"SIG{name}"))
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == code and "Traceback" not in error
+    assert error.strip().split("\n")[-1] == ("espl: interrupted by SIGTERM; continue with: python espl.py "
+                                             f"--resume {tmp_path / 'run'}")
+    resumed = play(["--resume", tmp_path / "run"])
+    assert metrics(resumed) == metrics(whole) and equal(resumed.policy.theta, whole.policy.theta)
+    assert (tmp_path / "run" / "rollouts.jsonl").read_bytes() == (whole.directory / "rollouts.jsonl").read_bytes()
+
+
+@pytest.fixture
+def copied(run_of, tmp_path):
+    """A finished run (checkpoints of iterations 2 and 3) whose directory is a copy."""
+    shutil.copytree(run_of("rl").directory, tmp_path / "run")
+    policy = dataclasses.replace(run_of("rl").policy)
+    with jax.set_mesh(policy.mesh):
+        yield dataclasses.replace(run_of("rl"), directory=tmp_path / "run",
+                                  trainer=dataclasses.replace(run_of("rl").trainer, policy=policy))
+
+
+def restored(run):
+    with espl.checkpoint_manager(run, "checkpoints", keep=2) as manager:
+        return espl.restore_checkpoint(run, manager)
+
+
+def flip(path):
+    """Damages what is in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda d: flip(max(d.rglob("ocdbt.process_0/d/*"), key=lambda p: p.stat().st_size)),  # the weights
+    lambda d: (d / "loop" / "metadata").write_text((d / "loop" / "metadata").read_text().replace("25.0", "26.0")),
+    lambda d: shutil.rmtree(d / "weights")], ids=["weights", "population", "missing"])
+def test_a_damaged_checkpoint_is_left_for_the_one_before(copied, capsys, damage):
+    folder = copied.directory / "checkpoints"
+    assert restored(copied) == 3 and not capsys.readouterr().err
+    latest = jax.tree.map(np.array, copied.policy.theta)
+    damage(folder / "3")
+    assert restored(copied) == 2 and metrics(copied)[-1]["iteration"] == 2
+    assert not equal(copied.policy.theta, latest)
+    assert f"warning: the checkpoint {folder / '3'} is damaged: " in capsys.readouterr().err
+    shutil.rmtree(folder / "2" / "loop")
+    with pytest.raises(espl.UserError, match="no checkpoint in .* is whole"):
+        restored(copied)
+    assert metrics(copied)[-1]["iteration"] == 2  # the logs are as they were
+
+
+@contextlib.contextmanager
+def files_limited_to(size):
+    """As on a full disk: a file may not grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_what_there_is(copied, capfd):
+    folder = copied.directory / "checkpoints"
+    with files_limited_to(1000):
+        espl.save_checkpoint(copied, 4)
+    [line] = capfd.readouterr().err.strip().split("\n")
+    needed = sum(x.nbytes for x in jax.tree.leaves((copied.policy.theta, copied.trainer.opt_state)))
+    assert f"in {folder}: " in line and f"up to {needed:,} bytes" in line and needed > 1000
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "3"]
+    espl.save_checkpoint(copied, 4)  # there is room again
+    assert sorted(p.name for p in folder.iterdir()) == ["3", "4"] and restored(copied) == 4
+    before = (copied.directory / "metrics.jsonl").read_bytes()
+    with files_limited_to(len(before) + 20):
+        copied.append("metrics.jsonl", [{"iteration": 5, "text": "x" * 100}])
+        assert (copied.directory / "metrics.jsonl").read_bytes() == before  # no half line
+    assert re.search(r"could not write \S+/metrics.jsonl: .*; 1\d\d characters", capfd.readouterr().err)
+
+
 def test_later_checkpoints_of_a_killed_run_are_replaced(run_of, tmp_path):
-    with espl.checkpoint_manager(run_of("rl"), str(tmp_path / "other"), keep=1) as manager:
-        for iteration in (8, 6):  # orbax itself ignores a step that is not the latest
-            espl.save_checkpoint(run_of("rl"), manager, iteration)
-            assert list(manager.all_steps()) == [iteration]
+    for iteration in (8, 6):  # orbax itself ignores a step that is not the latest
+        espl.save_checkpoint(run_of("rl"), iteration, str(tmp_path / "other"), keep=1)
+        assert [p.name for p in (tmp_path / "other").iterdir()] == [str(iteration)]
 
 
 def test_the_objective_is_a_mean_over_all_rollouts(world, tmp_path):
@@ -3074,13 +3170,41 @@ def test_prompts_that_did_equally_well_tie_exactly(world, tmp_path):
     assert seen == [[0.15, 0.15]]
 
 
-def test_a_gradient_that_is_not_finite_makes_no_step(world, tmp_path):
+def test_gradients_that_are_not_finite_make_no_step_and_end_the_run(world, tmp_path, capsys):
+    """After five in a row; it can be resumed, and then goes on with the next batch."""
     def spoilt(*args, add_gradient=espl.add_gradient):
         gradient, metrics = add_gradient(*args)
         return jax.tree.map(lambda g: g * np.nan, gradient), metrics
 
-    run = play(flags(world, tmp_path, mode="rl", iterations=1, eval_every=9), add_gradient=spoilt)
-    assert equal(run.policy.theta, run.policy.theta_ref) and np.isnan(metrics(run)[1]["grad_norm"])
+    given = dict(mode="rl", iterations=7, eval_every=9, test_samples=1, val_size=0, save_every=9, learning_rate=1e-4)
+    run = play(flags(world, tmp_path / "run", **given), 2, add_gradient=spoilt)
+    [line] = [x for x in capsys.readouterr().err.split("\n") if x.startswith("espl: error: ")]
+    lines, offending = metrics(run), read_lines(run, "not_finite.jsonl")
+    assert "5 updates in a row" in line and str(run.directory / "not_finite.jsonl") in line and "--resume" in line
+    assert equal(run.policy.theta, run.policy.theta_ref) and np.isnan(lines[1]["grad_norm"])
+    assert [m["not_finite"] for m in lines[1:]] == [{"weights": 0, "loss": 0, "updates": i + 1} for i in range(5)]
+    assert Counter(r["iteration"] for r in offending) == {m["iteration"]: m["trained_rollouts"] for m in lines[1:]}
+    assert offending[0].keys() == {"iteration", "prompt", "tokens", "logprobs", "advantage"}
+    resumed = play(["--resume", run.directory])
+    assert [m["iteration"] for m in metrics(resumed)] == list(range(8)) and "not_finite" not in metrics(resumed)[7]
+    assert not equal(resumed.policy.theta, resumed.policy.theta_ref)
+
+
+def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(world, tmp_path, capsys):
+    run = play(flags(world, tmp_path / "run", mode="rl", eval_every=9, val_size=0, learning_rate=1e39), 2)
+    number = sum(np.sum(~np.isfinite(w)) for w in jax.tree.leaves(run.policy.theta))
+    assert f"error: {number} weights" in capsys.readouterr().err and number > 0
+    assert metrics(run)[1]["not_finite"] == {"weights": number, "loss": 0, "updates": 0}
+    assert [p.name for p in (run.directory / "checkpoints").iterdir()] == ["0"]
+
+
+def test_out_of_memory_is_one_line(world, tmp_path, capsys):
+    run = play(flags(world, tmp_path / "run", mode="rl", eval_every=9, val_size=0), 2,
+               rl_update=lambda *_: jnp.zeros(2**42).block_until_ready())  # 16 TiB
+    line = capsys.readouterr().err.strip().split("\n")[-1]
+    assert re.match(r"espl: error: out of memory in phase update \(.*17592186044416 bytes.*\); lower ", line)
+    assert len(re.findall("--(?:microbatch-tokens|max-new-tokens|context)", line)) == 3
+    assert line.endswith(f"python espl.py --resume {run.directory}")
 
 
 def test_interrupted_while_loading(world, tmp_path, monkeypatch, capsys):
@@ -3096,6 +3220,19 @@ def model(world, path, name="config.json", text=None, **changes):
     shutil.copytree(world / "model", path)
     config = json.loads((path / "config.json").read_text())
     (path / name).write_text(text or json.dumps(config | changes))
+    return path
+
+
+def model_without(world, path, prefix):
+    for file in model(world, path).glob(f"{prefix}*"):
+        file.unlink()
+    return path
+
+
+def spoilt_model(world, path):
+    tensors = load_file(model(world, path) / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = np.nan
+    save_file(tensors, path / "model.safetensors")
     return path
 
 
@@ -3115,7 +3252,8 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "nan": (lambda w, d: dict(temperature="nan"), "--temperature nan"),
     "loss": (lambda w, d: dict(loss="foo"), "--loss.*foo"),
     "not a number": (lambda w, d: dict(num_rollouts="x"), "--num-rollouts.*x"),
-    "unknown flag": (lambda w, d: dict(no_such_flag=1), "no-such-flag"),
+    "unknown flag": (lambda w, d: dict(no_such_flag=1), "unknown --no-such-flag;"),
+    "misspelt flag": (lambda w, d: dict(batchsize=5), "unknown --batchsize, did you mean --batch-size"),
     "no test file": (lambda w, d: dict(test_file=None), "a missing file; choose another --test-file"),
     "missing file": (lambda w, d: dict(train_file=d / "none.jsonl"), r"cannot read .*none\.jsonl"),
     "directory as file": (lambda w, d: dict(test_file=d), "cannot read"),
@@ -3131,12 +3269,16 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "no question": (lambda w, d: dict(test_file=file(d, GOOD | {"problem": " "})), r"f\.jsonl:1: needs .*question"),
     "odd": (lambda w, d: dict(train_file=file(d, {"prompt": [], "reward_model": {}})), r"f\.jsonl:1: needs"),
     "only test problems": (lambda w, d: dict(train_file=w / "test.jsonl"), "also a test problem; choose another --train-file"),
-    "all too long": (lambda w, d: dict(train_file=file(d, *LONG)), "no train problem fits"),
+    "all too long": (lambda w, d: dict(train_file=file(d, *LONG)), "no train .* fits into 128 tokens; use another"),
+    "context too short": (lambda w, d: dict(context=9), "no train problem fits into 9 tokens; raise --context or"),
     "no data set": (lambda w, d: dict(task="aime", train_file=None), "cannot load the data set AI-MO"),
     "no model": (lambda w, d: dict(model="nobody/nothing"), "cannot get nobody/nothing"),
     "no directory": (lambda w, d: dict(model=d / "none"), "no such directory"),
     "model_type": (lambda w, d: dict(model=model(w, d / "m", model_type="gpt2")), "'gpt2' is not supported"),
     "config.json": (lambda w, d: dict(model=model(w, d / "m", text="{oops")), "cannot read config.json"),
+    "config type": (lambda w, d: dict(model=model(w, d / "m", num_hidden_layers="x")), "config.json.*int, got str"),
+    "no tokenizer": (lambda w, d: dict(model=model_without(w, d / "m", "tokenizer")), "need to have sentencepiece"),
+    "nan weights": (lambda w, d: dict(model=spoilt_model(w, d / "m")), "nan or infinity in layers.0.mlp.up_proj"),
     "generation_config": (lambda w, d: dict(model=model(w, d / "m", "generation_config.json", "{")), "config.json"),
     "context": (lambda w, d: dict(context=129), "at most 128 positions"),
     "vocabulary": (lambda w, d: dict(model=model(w, d / "m", vocab_size=60)), "embed_tokens.*64, 16.*60, 16"),
@@ -4184,8 +4326,7 @@ def write_trained(directory, base, rank):
     run = SimpleNamespace(directory=directory, policy=dataclasses.replace(policy, theta=theta), evaluations=[],
                           trainer=SimpleNamespace(opt_state={"mu": theta}), population=[])
     run.population.append(espl.SystemPrompt(0, ["Check it."]))
-    with espl.checkpoint_manager(run, "checkpoints", keep=1) as manager:
-        espl.save_checkpoint(run, manager, 1)
+    espl.save_checkpoint(run, 1)
     argv = dict(train_file="x", test_file="y", model=base, lora_rank=rank, lora_alpha=7.0)
     write_run(directory, run.population, **{
         "config.json": json.dumps(vars(espl.parse_args([f"--{k.replace('_', '-')}={v}" for k, v in argv.items()]))),
