@@ -5,13 +5,13 @@
 
 Writes into the (first) run's directory report.html, which needs nothing else, tree.png and tree.svg (every prompt below
 its parents, with its rating mu) and curves.png, and prints the lineage of the tested prompt, the one that evaluations
-report. It reads config.json, metrics.jsonl, population.json, rollouts.jsonl and reflections.jsonl, and shows what there
-is of them; no model is loaded and no run disturbed. While espl.py runs it has the pictures drawn after every evaluation.
+report. It reads config.json, population.json and the logs, and shows what there is of them: no model is loaded and no
+run disturbed. While espl.py runs it has the pictures drawn after every evaluation.
 
-The page's curves and tree are SVG by matplotlib, about 20 kB a picture, in which a browser can select text, follow links
-and exchange colours for a dark screen. plotly would do more (zoom), for 4.5 MB of JavaScript in every page, which no
-phone and no diff likes. All that models, data sets and directories are called or say is hostile: it only gets into the
-page through `tag`, which escapes it, and the page's policy lets no script run but the one below.
+The page's curves and tree are SVG by matplotlib, about 20 kB a picture: a browser can select their text, follow their
+links and exchange their colours on a dark screen. plotly would also zoom, for 4.5 MB of JavaScript in every page, a
+second until it is drawn, and boxes that no keyboard reaches. What models say, and names of data, are hostile: they get
+into the page through `join`, which escapes them, and the page's policy lets no script run but that of report.html.
 """
 
 import argparse
@@ -46,17 +46,10 @@ OPERATOR_COLORS = {name: COLORS[i % len(COLORS)] for i, name in enumerate(espl.O
 
 def read_run(directory: Path) -> tuple[list[espl.SystemPrompt], list[dict], espl.SystemPrompt]:
     """Population, lines of metrics.jsonl, and the tested prompt. Raises UserError if this is not a run's directory."""
-    with espl.explained(f"cannot read the run {directory}", "give the directory of a run that has done an iteration"):
-        population = json.loads((directory / "population.json").read_text(encoding="utf-8"))
-        population = [espl.SystemPrompt(**s) for s in population]
-        *lines, _ = (directory / "metrics.jsonl").read_text(encoding="utf-8").split("\n")  # the last: incomplete
-        metrics = [json.loads(line) for line in lines]
-        given = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        own = {f.name for f in dataclasses.fields(espl.Config)}  # a task file's flags are no business of ours
-        config = espl.Config(**{k: v for k, v in given.items() if k in own})
-        if not population or not metrics:
-            raise ValueError("its logs are empty")
-        return population, metrics, espl.tested_prompt(SimpleNamespace(config=config, population=population))
+    run = read_record(directory)
+    if run.notes:
+        raise espl.UserError(f"cannot read the run {directory}: {'; '.join(run.notes)}")
+    return run.population, run.metrics, run.tested
 
 
 def lineage(population: list[espl.SystemPrompt], s: espl.SystemPrompt, most: int = 6) -> str:
@@ -130,10 +123,14 @@ def draw_tree(population: list[espl.SystemPrompt], tested: int, directory: Path)
     figure.savefig(directory / "tree.svg")
 
 
+def points(rows: list[dict], name: str) -> list[tuple[int, float]]:
+    """(iteration, value) where there is one."""
+    return [(r["iteration"], r[name]) for r in rows if isinstance(r.get(name), (int, float))]
+
+
 def draw_curves(population: list[espl.SystemPrompt], metrics: list[dict], directory: Path) -> None:
     """curves.png: rewards and scores, rating mu of each prompt, response length, entropy."""
     from matplotlib.figure import Figure
-    points = lambda rows, name: [(r["iteration"], r[name]) for r in rows if name in r]
     scores = {name: points(metrics, name) for name in ("val", "test", "test_greedy")}
     panels = {"reward": {"training batch": points(metrics, "reward_mean")} | {k: v for k, v in scores.items() if v},
               "rating mu": {f"prompt {s.id}": points(s.history, "mu") for s in population},
@@ -162,7 +159,7 @@ def draw(directory: Path) -> tuple[list[espl.SystemPrompt], espl.SystemPrompt]:
     return population, tested
 
 
-# ---- The page: what is read for it
+# ---- report.html: what is read for it
 
 @dataclasses.dataclass
 class Record:
@@ -186,124 +183,111 @@ class Record:
         return found
 
 
-def attempt(path: Path, read, empty, notes: list[str]):
-    """What `read` makes of a file; `empty` and a note if the file is missing or broken."""
-    try:
-        return read(path)
-    except Exception as e:
-        notes.append(f"{path.name} {'is missing' if isinstance(e, OSError) else f'is broken: {espl.first_line(e)}'}")
-        return empty
-
-
-def lines_of(path: Path) -> Iterator[dict]:
-    """The records of a JSONL file, one by one, for it may be larger than memory; a line that is no record is left out,
-    as is a last line that is still being written."""
-    with open(path, "rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                record = json.loads(line)
-                record["iteration"] + 0
-                yield record
-
-
-def read_config(path: Path) -> dict:
-    """The run's flags; a model's directory has a config.json, too, but no mode."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not {"mode", "task"} <= config.keys():
-        raise ValueError("it is not a run's")
-    return config
-
-
-def read_population(path: Path) -> list[espl.SystemPrompt]:
-    """The prompts of population.json, parents before children."""
-    population = [espl.SystemPrompt(**s) for s in json.loads(path.read_text(encoding="utf-8"))]
-    if not population or any(s.id != i or not all(0 <= p < i for p in s.parents) for i, s in enumerate(population)):
-        raise ValueError("its prompts are not in order")
-    return population
-
-
 def read_record(directory: Path) -> Record:
-    """A run for the page. Raises UserError if the directory holds nothing of one."""
-    notes, own = [], {f.name for f in dataclasses.fields(espl.Config)}
-    config = attempt(directory / "config.json", read_config, {}, notes)
-    metrics = attempt(directory / "metrics.jsonl", lambda path: list(lines_of(path)), [], notes)
-    population = attempt(directory / "population.json", read_population, [], notes)
+    """A run, whatever state it is in. Raises UserError if the directory holds nothing of one."""
+    notes, config, population = [], {}, []
+    for name in ("config.json", "population.json"):
+        try:
+            found = json.loads((directory / name).read_text(encoding="utf-8"))
+            if name == "population.json":
+                population = [espl.SystemPrompt(**s) for s in found]
+                if not all(s.id == i and all(0 <= p < i for p in s.parents) for i, s in enumerate(population)):
+                    population = []
+                    raise ValueError("parents come before children")
+            else:
+                found["task"], found["mode"]  # a model's config.json has neither
+                config = found
+        except Exception as e:
+            notes.append(f"there is no {name}" if isinstance(e, OSError) else f"{name}: {espl.first_line(e)}")
+    metrics = list(lines_of(directory / "metrics.jsonl"))
+    notes += ["there are no prompts"] * (not population) + ["no iteration is logged"] * (not metrics)
     if not config and not metrics and not population:
-        advice = "give the directory of a run of espl.py"
-        raise espl.UserError(f"cannot read the run {directory}: {'; '.join(notes) or 'its logs are empty'}; {advice}")
-    given = espl.Config(**{k: v for k, v in config.items() if k in own})
-    tested = espl.tested_prompt(SimpleNamespace(config=given, population=population)) if population else None
+        raise espl.UserError(f"cannot read the run {directory} ({notes[0]}); give the directory of a run of espl.py")
+    own = {f.name for f in dataclasses.fields(espl.Config)}  # a task file's flags are no business of ours
+    with espl.explained(f"cannot read the run {directory}"):
+        c = espl.Config(**{k: v for k, v in config.items() if k in own})
+        tested = espl.tested_prompt(SimpleNamespace(config=c, population=population)) if population else None
     return Record(directory, config, metrics, population, tested, notes)
 
 
-def spread(items, most: int) -> list:
+def lines_of(path: Path) -> Iterator[dict]:
+    """The records of a JSONL file, one by one: it may be larger than memory. What is no record is left out, as the last
+    line may be incomplete."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                if isinstance(record := json.loads(line), dict) and isinstance(record.get("iteration"), int):
+                    yield record
+
+
+def spread(items: list, most: int) -> list:
     """At most so many of the items, evenly spaced, with the first and the last."""
-    items = sorted(items)
-    return [items[i] for i in sorted({*np.linspace(0, len(items) - 1, most).round().astype(int)})] if items else []
+    return [items[i] for i in {*np.linspace(0, len(items) - 1, most).round().astype(int)}] if items else []
 
 
-def survey_rollouts(run: Record) -> tuple[dict, dict]:
-    """Of training rollouts {(problem, prompt): [sum of rewards, number]}; and samples of all: of some iterations the
-    first response with each outcome in each split."""
+def survey_rollouts(run: Record) -> tuple[dict, list[dict]]:
+    """Of training rollouts {(problem, prompt): [sum of rewards, number]}; and samples: of some iterations the first
+    response of training, and of the test, with each outcome."""
     picked = {0, 1, *spread([m["iteration"] for m in run.metrics], 7)}
     values, samples = defaultdict(lambda: [0.0, 0]), {}
-    for r in attempt(run.directory / "rollouts.jsonl", lines_of, [], run.notes):
+    for r in lines_of(run.directory / "rollouts.jsonl"):
         if r["split"] == "train":
             cell = values[r["problem"], r["prompt"]]
             cell[:] = cell[0] + r["reward"], cell[1] + 1
-        if r["iteration"] in picked:
-            samples.setdefault((r["iteration"], r["split"] != "train", r["split"], r["outcome"]), r)
-    return values, dict(sorted(samples.items()))
+        if r["iteration"] in picked and r["split"] in ("train", "test"):
+            samples.setdefault((r["iteration"], r["split"] == "test", r["outcome"]), r)
+    return values, [samples[key] for key in sorted(samples)]
 
 
 def survey_reflections(run: Record) -> dict[int, list[dict]]:
-    """What was replied to critique, aggregate and crossover, and tracebacks, in iterations that are worth a look: those
-    that made the lineage, the latest, and some between."""
-    made = [s.iteration for s in run.lineage[1:]]
+    """What critique, aggregate and crossover replied, and tracebacks, by iteration: those that made the lineage, the
+    latest, and some between."""
     bred = [m["iteration"] for m in run.metrics if "no_child" in m]
-    picked, found = {*made[-10:], *bred[-4:], *spread(bred, 10)}, defaultdict(list)
-    for r in attempt(run.directory / "reflections.jsonl", lines_of, [], run.notes):
+    picked = {*[s.iteration for s in run.lineage[1:]][-10:], *bred[-4:], *spread(bred, 10)}
+    found = defaultdict(list)
+    for r in lines_of(run.directory / "reflections.jsonl"):
         if r["iteration"] in picked and r.get("request") != "summarize":
             found[r["iteration"]].append({k: r.get(k) for k in ("request", "reply", "traceback")})
     return dict(sorted(found.items()))
 
 
-# ---- The page: how it is made
+# ---- report.html: how it is made. The page's frame, its looks and its script are report.html beside this file.
 
 class Html(str):
-    """Markup of ours. `tag` escapes every other text."""
+    """Markup of ours. All other text is escaped on its way into the page, by `join`."""
 
 
 def clean(text) -> str:
     """Text without what could hide or turn round other text: control characters and marks of direction."""
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]", "\ufffd",
-                  str(text).replace("\r\n", "\n"))
-
-
-def tag(name: str, *inside, **attributes) -> Html:
-    """<name attributes>inside</name>. cls is class, data_x is data-x; None in `inside` and attributes is left out."""
-    given = "".join(f' {k.replace("cls", "class").replace("_", "-")}="{html.escape(clean(v))}"'
-                    for k, v in attributes.items() if v is not None)
-    return Html(f"<{name}{given}>{join(inside)}</{name}>")
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]",
+                  "\ufffd", str(text).replace("\r\n", "\n"))
 
 
 def join(parts) -> Html:
-    """Several pieces of markup in a row; other text among them is escaped."""
+    """Several pieces in a row; None is left out."""
     return Html("".join(x if isinstance(x, Html) else html.escape(clean(x)) for x in parts if x is not None))
 
 
-def table(heads, rows, label: str, keys=(), cls: str = "") -> Html:
-    """A table that scrolls in its own box. `keys`: an id for each row; a row may be a tr, ready made."""
-    number = lambda x: "n" if not isinstance(x, Html) and re.fullmatch(r"[-+−±.,%→s\d ]*", str(x)) else None
-    cells = lambda row: join(tag("td", x, cls=number(x)) for x in row)
-    keys = [*keys] + [None] * len(rows)
-    body = join(row if isinstance(row, Html) else tag("tr", cells(row), id=key) for key, row in zip(keys, rows))
-    head = tag("thead", tag("tr", *(x if isinstance(x, Html) else tag("th", x, scope="col") for x in heads)))
-    return tag("div", tag("table", head, tag("tbody", body), cls=cls), cls="scroll", tabindex=0, role="region",
+def tag(name: str, *inside, **attributes) -> Html:
+    """<name attributes>inside</name>. cls is class, data_x is data-x; an attribute that is None is left out."""
+    given = [f' {k.replace("cls", "class").replace("_", "-")}="{html.escape(clean(v))}"'
+             for k, v in attributes.items() if v is not None]
+    return Html(f"<{name}{''.join(given)}>{join(inside)}</{name}>")
+
+
+def table(heads, rows, label: str, cls: str | None = None, ids=()) -> Html:
+    """A table that scrolls in a box of its own. A cell may be a td or th ready made; `ids` are those of the rows."""
+    number = lambda x: "n" if not isinstance(x, Html) and re.fullmatch(r"[-+.,\d]+( %)?", str(x)) else None
+    cell = lambda x: x if isinstance(x, Html) and x.startswith(("<td", "<th")) else tag("td", x, cls=number(x))
+    rows, ids = [[*row] for row in rows], [*ids] or [None] * len(rows)
+    body = [tag("tr", *map(cell, row), id=key) for row, key in zip(rows, ids)]
+    above = zip(heads, rows[0] if rows else heads)
+    head = tag("thead", tag("tr", *(tag("th", x, scope="col", cls=number(below)) for x, below in above)))
+    return tag("div", tag("table", head, tag("tbody", *body), cls=cls), cls="scroll", tabindex=0, role="region",
                aria_label=label)
 
 
-def fold(summary, *inside, start=False) -> Html:
+def fold(summary, *inside, start: bool = False) -> Html:
     """A part that opens when its heading is clicked, or Enter pressed there."""
     return tag("details", tag("summary", summary), *inside, open="" if start else None)
 
@@ -315,18 +299,17 @@ def short(text, most: int = 6000) -> str:
 
 
 def svg(figure, label: str, notes: dict[str, str] | None = None) -> Html:
-    """A matplotlib figure as part of the page, its colours those of the page. notes: {id in the picture: hover text};
-    what has one becomes a link to the prompt's row."""
+    """A matplotlib figure as part of the page, in the page's colours. notes: {id in the picture: hover text}; what has
+    one becomes a link to the prompt's row in the table."""
     import matplotlib
-    space, notes = "{http://www.w3.org/2000/svg}", notes or {}
+    space, notes, out = "{http://www.w3.org/2000/svg}", notes or {}, io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
-        figure.savefig(out := io.StringIO(), format="svg", transparent=True,
+        figure.savefig(out, format="svg", transparent=True,
                        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = out.getvalue()
+    text = out.getvalue().replace("#000000", "currentColor")
     for i, name in enumerate((*COLORS, "firebrick")):
         text = text.replace(matplotlib.colors.to_hex(name), f"var(--c{i})")
-    root = ElementTree.fromstring(text.replace("#000000", "currentColor"))
-    for e in root.iter():
+    for e in (root := ElementTree.fromstring(text)).iter():
         if (key := e.get("id")) in notes:
             e.tag = space + "a"
             e.set("href", key.replace("node", "#prompt"))
@@ -337,177 +320,41 @@ def svg(figure, label: str, notes: dict[str, str] | None = None) -> Html:
     root.set("role", "group" if notes else "img")
     root.set("aria-label", clean(label))
     ElementTree.register_namespace("", space[1:-1])
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     return Html(ElementTree.tostring(root, encoding="unicode"))
 
 
-# ---- The page: its looks. Colours are Okabe and Ito's, made lighter or darker until they can be told from the ground.
-
-STYLE = """
-:root { color-scheme: light dark; --bg: #fbfaf8; --ink: #1c2128; --soft: #5a6370; --line: #d8d4cc; --card: #fff;
-  --link: #0a58a8; --in: #dceafa; --out: #fae6cf; --low: #f2efe8; --high: #084a91; --highink: #fff;
-  --c0: #0072b2; --c1: #c2550a; --c2: #a8478a; --c3: #00785a; --c4: #8a6d00; --c5: #5a6370; --c6: #a3241b }
-@media (prefers-color-scheme: dark) { :root { --bg: #14171b; --ink: #e4e6e9; --soft: #a0a8b3; --line: #3a414a;
-  --card: #1d2126; --link: #7db8f5; --in: #17395c; --out: #55370f; --low: #262b31; --high: #8cc6ff; --highink: #0b1622;
-  --c0: #56b4e9; --c1: #f0a030; --c2: #dd94bf; --c3: #3cc7a0; --c4: #e6d94a; --c5: #b4bbc4; --c6: #ff9a8c } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem clamp(.8rem, 3vw, 2.5rem) 4rem; max-width: 84rem; background: var(--bg);
-  color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere }
-h2 { font-size: 1.3rem; margin: 2.8rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line) }
-h3, h4 { font-size: 1rem; margin: 1rem 0 .3rem } p { margin: .4rem 0; max-width: 75ch; overflow-wrap: anywhere }
-a { color: var(--link) } :focus-visible { outline: 3px solid var(--link); outline-offset: 2px }
-.soft, .fate { color: var(--soft) } .note { border-left: 4px solid var(--c1); padding-left: .7rem }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(11.5rem, 1fr)); gap: .6rem; margin: 1rem 0 }
-.tiles div, .card, details { background: var(--card); border: 1px solid var(--line); border-radius: 6px }
-.tiles div { padding: .5rem .8rem } dt { color: var(--soft); font-size: .85rem }
-dd { margin: 0; font-size: 1.15rem; font-weight: 600; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
-nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 1.2rem 0 0 }
-.principles, .diff, .pair ul { list-style: none; margin: .3rem 0; padding: 0; max-width: 85ch }
-.principles li, .diff li { padding: .1rem 0; overflow-wrap: anywhere } .principles b { color: var(--soft) }
-ins, del { border-radius: 3px; padding: 0 .15em; white-space: pre-wrap } ins { background: var(--in); text-decoration: none }
-del { background: var(--out); text-decoration-thickness: 1px } .fate { font-size: .85rem; white-space: nowrap }
-.fate::before { content: "→ " } .card { padding: 0 .9rem .5rem; margin: .5rem 0 }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .5rem 0; padding: 0 }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); gap: 1rem 1.5rem }
-figure { margin: 0 } figcaption { font-weight: 600; font-size: .95rem } svg { fill: currentColor; display: block }
-figure svg { width: 100%; height: auto } svg text { font-family: inherit !important } svg a:hover { opacity: .7 }
-.scroll { overflow: auto; max-height: 85vh; margin: .6rem 0; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--card) }
-.tree svg { zoom: 1.15; margin: 0 auto } table { border-collapse: separate; border-spacing: 0; font-size: .9rem }
-th, td { text-align: left; vertical-align: top; padding: .3rem .7rem; border-bottom: 1px solid var(--line); max-width: 34rem;
-  overflow-wrap: break-word } td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-th { font-weight: 600 } thead th { position: sticky; top: 0; background: var(--card); z-index: 1; white-space: nowrap }
-td details { border: 0; background: none; margin: 0; min-width: 8.5rem } td details[open] { min-width: min(70vw, 28rem) }
-tr:target td, .marked { background: var(--in) } th button { font: inherit; color: inherit; background: none; border: 0;
-  padding: 0; cursor: pointer; text-decoration: underline dotted } .heat { font-size: .72rem; line-height: 1.1 }
-.heat td, .heat th { padding: .22rem .25rem; min-width: 1.75rem; text-align: center; border: 0 }
-.heat th[scope=row] { position: sticky; left: 0; background: var(--card); text-align: left; white-space: nowrap;
-  max-width: 38vw; overflow: hidden; text-overflow: ellipsis }
-details { margin: .4rem 0; padding: .35rem .8rem } td details, .pair details { padding: 0 } .pair details { border: 0 }
-summary { cursor: pointer; overflow-wrap: anywhere } .pair { display: grid; gap: 0 2rem }
-@media (min-width: 60rem) { .pair { grid-template-columns: 1fr 1fr } } .pair > * { min-width: 0 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace;
-  max-height: 60vh; overflow: auto; margin: .5rem 0; padding: .6rem; background: var(--bg); border-radius: 4px }
-@media print { .scroll, pre { max-height: none; overflow: visible } nav { display: none } }
-""" + "".join(
-    f".v{i} {{ background: color-mix(in oklab, var(--high) {10 * i}%, var(--low))"
-    f"{'; color: var(--highink)' * (i > 5)} }}\n" for i in range(11))
-SCRIPT = """
-for (const button of document.querySelectorAll(".sortable th button")) button.onclick = () => {
-  const head = button.parentNode, down = head.ariaSort === "descending", body = head.closest("table").tBodies[0];
-  const key = row => row.cells[head.cellIndex].textContent;
-  const rows = [...body.rows].sort((a, b) => key(b).localeCompare(key(a), undefined, {numeric: true}));
-  for (const other of head.parentNode.cells) other.ariaSort = null;
-  head.ariaSort = down ? "ascending" : "descending";
-  body.append(...(down ? rows.reverse() : rows));
-};
-for (const box of document.querySelectorAll("[data-show]")) {  // the tested prompt of a large tree
-  const at = document.querySelector(`a[id="${box.dataset.show}"]`).getBoundingClientRect(), own = box.getBoundingClientRect();
-  box.scrollTo(at.x - own.x - own.width / 2, at.y - own.y - own.height / 2);
-}
-"""
+@functools.lru_cache(None)
+def likeness(a: str, b: str) -> tuple[float, difflib.SequenceMatcher]:
+    """How alike two principles are, word by word: 0 to 1."""
+    matcher = difflib.SequenceMatcher(None, *(re.findall(r"\S+\s*", text + " ") for text in (a, b)), autojunk=False)
+    return matcher.ratio(), matcher
 
 
-# ---- The page: its sections. Each gives a heading and what is below it.
-
-CURVES = {"Reward of the training batch": ["reward_mean"], "Test score": ["test", "test_greedy"],
-          "Validation score": ["val"], "Response length, tokens": ["response_tokens"],
-          "Share of responses cut at the limit": ["truncated"], "Entropy, nats a token": ["entropy"],
-          "Share of groups whose rewards differ": ["contrast_groups"], "Gradient norm": ["grad_norm"]}
-MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}  # of runs, as their colours
-STOPS = {"eos": "ended by itself", "length": "cut at the limit", "calls": "ended by a tool call too many"}
-
-
-def points(rows: list[dict], name: str) -> list[tuple[int, float]]:
-    """(iteration, value) where there is one."""
-    return [(r["iteration"], r[name]) for r in rows if isinstance(r.get(name), (int, float))]
-
-
-def curve(axis, xy: list[tuple[int, float]], color: str, mark: str, line: str = "-") -> None:
-    """A curve: of few points with marks, of many faint, with its running mean over 15."""
-    x, y = np.array(xy).T
-    if many := len(x) > 60:
-        axis.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
-        y = np.convolve(np.pad(y, 7, mode="edge"), np.full(15, 1 / 15), "valid")
-    axis.plot(x, y, line, color=color, linewidth=1.6, marker=mark, markersize=4, markevery=max(1, len(x) // 20) if many
-              else None)
-
-
-def curves_section(runs: list[Record]) -> tuple[str, Html]:
-    from matplotlib.figure import Figure
-    looks, pictures = list(zip(COLORS * len(runs), [*MARKS] * len(runs))), []
-
-    def picture(title, draw):
-        axis = (figure := Figure(figsize=(4.6, 2.6), layout="constrained")).subplots()
-        draw(axis)
-        axis.set(xlabel="iteration")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        pictures.append(tag("figure", tag("figcaption", title), svg(figure, title)))
-
-    for title, names in CURVES.items():
-        found = [(points(r.metrics, name), *look, line) for r, look in zip(runs, looks)
-                 for name, line in zip(names, ("-", ":"))]
-        title += " (dotted: greedy)" * any(xy and line == ":" for xy, *_, line in found)
-        if any(xy for xy, *_ in found):
-            picture(title, lambda axis: [curve(axis, *x) for x in found if x[0]])
-    r, own = runs[0], {s.id for s in runs[0].lineage}
-    if any(s.history for s in r.population) and len(r.population) > 1:
-        picture("Ratings mu (coloured: the lineage of the tested prompt)", lambda axis: [
-            axis.plot(*zip(*points(s.history, "mu")), "." if len(s.history) == 1 else "-", zorder=2 + (s.id in own),
-                      color=COLORS[0] if s.id in own else "gray", alpha=1 if s.id in own else 0.35)
-            for s in r.population if s.history])
-    legend = [tag("li", tag("b", MARKS[mark], style=f"color:var(--c{COLORS.index(color)})"), f" {r.name}")
-              for r, (color, mark) in zip(runs, looks)] if len(runs) > 1 else []
-    return "Curves", join([tag("ul", *legend, cls="legend"), tag("div", *pictures, cls="grid")] if pictures else
-                          [tag("p", "No iteration has been logged yet.")])
-
-
-def headline(runs: list[Record]) -> Html:
-    """The numbers to read first: of the first run, and of several a table."""
-    rows, number = [], lambda e, name="test": f"{e[name]:.3f}" if name in e else "–"
-    for r in runs:
-        c, tests = r.config, [m for m in r.metrics if "test" in m]
-        readings = espl.summary(tests) if tests else {}
-        before, final, mean, picked = [number(readings.get(k, {})) for k in (
-            "base model", "final", "mean of last 5", "picked by validation")]
-        done, planned = max([m["iteration"] for m in r.metrics], default=0), c.get("iterations")
-        took = sum(sum(m.get("seconds", {}).values()) for m in r.metrics)
-        rows.append({
-            "Run": r.name, "Task": c.get("task") or c.get("train_file") or "?", "Mode": c.get("mode", "?"),
-            "Model": c.get("model", "?"), "Seed": c.get("seed", "?"),
-            "Iterations": f"{done} of {planned}" if planned else str(done), "Test before": before, "Test after": final,
-            "Mean of last 5": mean, "Picked by validation": picked, "Prompts": str(len(r.population)),
-            "Time": f"{took / 3600:.1f} h" if took > 5400 else f"{took / 60:.1f} min" if took > 90 else f"{took:.0f} s"})
-    first, s = rows[0], runs[0].tested
-    tiles = {k: first[k] for k in ("Task", "Mode", "Model", "Iterations")} | {
-        "Test score, before → after": f"{first['Test before']} → {first['Test after']}",
-        "Best prompt": tag("a", f"{s.id}, mu {s.mu:.1f} ± {s.sigma:.1f}", href=f"#prompt-{s.id}") if s else "–"} | {
-        k: first[k] for k in ("Mean of last 5", "Picked by validation", "Prompts", "Time")}
-    parts = [tag("dl", *(tag("div", tag("dt", k), tag("dd", v)) for k, v in tiles.items()), cls="tiles")]
-    if len(rows) > 1:
-        parts += [table(rows[0], [list(row.values()) for row in rows], "the runs"),
-                  tag("p", f"Everything but curves and configuration is of the first run, {first['Run']}.")]
-    parts += [tag("p", f"Note: {r.name}: {note}", cls="note") for r in runs for note in r.notes]
-    if s:
-        parts += [tag("h3", f"The best prompt, {s.id}"), principles(s)]
-    return join(parts)
+def changes(old: list[str], new: list[str]) -> Html:
+    """A child's principles against its parent's: what was reworded, word by word, what was added, what is gone."""
+    gone, items = [text for text in old if text not in new], []
+    kept = len(old) - len(gone)
+    for text in (text for text in new if text not in old):
+        near = max(gone, key=lambda x: likeness(x, text)[0], default=None)
+        if near is None or likeness(near, text)[0] < 0.4:
+            items.append(tag("li", "+ ", tag("ins", text)))
+            continue
+        gone.remove(near)
+        _, m = likeness(near, text)
+        parts = []
+        for kind, i, j, k, n in m.get_opcodes():
+            before, after = "".join(m.a[i:j]), "".join(m.b[k:n])
+            parts += [after] if kind == "equal" else [tag("del", before), " "] * (j > i) + [tag("ins", after)] * (n > k)
+        items.append(tag("li", "~ ", *parts))
+    items += [tag("li", "− ", tag("del", text)) for text in gone]
+    return tag("ul", *items, tag("li", f"{kept} unchanged", cls="soft"), cls="diff")
 
 
 def principles(s: espl.SystemPrompt) -> Html:
     """The principles of a prompt, by the ids that reflections call them."""
-    if not s.principles:
-        return tag("p", "No principles: the task's system prompt alone.")
-    return tag("ul", *(tag("li", tag("b", f"G{i} "), text) for i, text in enumerate(s.principles)), cls="principles")
-
-
-def evaluations_section(run: Record) -> tuple[str, Html]:
-    tested = [m for m in run.metrics if {"val", "test"} & m.keys()]
-    names = [n for n in dict.fromkeys(k for m in tested for k in m) if re.match("val|test", n)]
-    show = lambda m, name: f"{m[name]:.3f}" if isinstance(m.get(name), float) else str(m.get(name, "–"))
-    rows = [[str(m["iteration"]), show(m, "prompt"), *(show(m, n) for n in names)] for m in tested]
-    return "Evaluations", table(["iteration", "prompt", *names], rows, "evaluations") if rows else tag(
-        "p", "No evaluation has been logged yet.")
+    items = [tag("li", tag("b", f"G{i} "), text) for i, text in enumerate(s.principles)]
+    return tag("ul", *items or [tag("li", "No principles: the task's system prompt alone.")], cls="principles")
 
 
 def described(s: espl.SystemPrompt) -> str:
@@ -516,225 +363,266 @@ def described(s: espl.SystemPrompt) -> str:
     return f"prompt {s.id}: {s.operation}{parents}, iteration {s.iteration}"
 
 
-def tree_section(run: Record) -> tuple[str, Html]:
-    title = "Evolutionary tree"
+# ---- report.html: its parts
+
+CURVES = {"Reward of the training batch": ["reward_mean"], "Test score": ["test", "test_greedy"],
+          "Validation score": ["val"], "Response length, tokens": ["response_tokens"],
+          "Share of responses cut at the limit": ["truncated"], "Entropy, nats a token": ["entropy"],
+          "Share of groups whose rewards differ": ["contrast_groups"], "Gradient norm": ["grad_norm"]}
+MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}  # of runs, besides their colours
+STOPS = {"eos": "ended by itself", "length": "cut at the limit", "calls": "ended by a tool call too many"}
+
+
+def headline(runs: list[Record]) -> Html:
+    """The numbers to read first: of the first run, and of several a table."""
+    rows = []
+    for r in runs:
+        tests = [m for m in r.metrics if "test" in m]
+        scores = {k: f"{e['test']:.3f}" for k, e in (espl.summary(tests) if tests else {}).items()}
+        done, planned = max([m["iteration"] for m in r.metrics], default=0), r.config.get("iterations")
+        took = sum(sum(m.get("seconds", {}).values()) for m in r.metrics)
+        rows.append({
+            "Run": r.name, "Task": r.config.get("task") or r.config.get("train_file") or "?",
+            "Mode": r.config.get("mode", "?"), "Model": r.config.get("model", "?"), "Seed": r.config.get("seed", "?"),
+            "Iterations": f"{done} of {planned}" if planned else done,
+            "Test before → after": f"{scores.get('base model', '–')} → {scores.get('final', '–')}",
+            "Mean of last 5": scores.get("mean of last 5", "–"),
+            "Picked by validation": scores.get("picked by validation", "–"),
+            "Best prompt": f"{r.tested.id}, mu {r.tested.mu:.1f} ± {r.tested.sigma:.1f}" if r.tested else "–",
+            "Prompts": len(r.population), "Time": f"{took / 60:.1f} min" if took < 5400 else f"{took / 3600:.1f} h"})
+    tiles = [tag("div", tag("dt", k), tag("dd", v)) for k, v in rows[0].items() if k != "Run"]
+    return join([tag("dl", *tiles, cls="tiles"), *[
+        table(rows[0], [row.values() for row in rows], "the runs", "runs"),
+        tag("p", f"Below, all but curves and configuration is of {runs[0].name}.")] * (len(runs) > 1),
+        *[tag("p", f"{r.name}: {note}", cls="note") for r in runs for note in r.notes]])
+
+
+def curve(axis, xy: list[tuple[int, float]], color: str, mark: str, line: str) -> None:
+    """A curve; one of many points is faint, with its running mean over 15. mark: of its run, if there are several."""
+    x, y = np.array(xy).T
+    if len(x) > 60:
+        axis.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
+        y = np.convolve(np.pad(y, 7, mode="edge"), np.full(15, 1 / 15), "valid")
+    axis.plot(x, y, line, color=color, linewidth=1.6, marker=mark or "o" * (len(x) <= 30), markersize=4,
+              markevery=-(-len(x) // 15) if mark else 1)
+
+
+def curves(runs: list[Record]) -> Iterator[Html]:
+    """A picture for each metric with all runs in it, the ratings of the first run's prompts, and its evaluations."""
+    from matplotlib.figure import Figure
+    run, pictures, own = runs[0], {}, {s.id for s in runs[0].lineage}
+    looks = list(zip(COLORS * len(runs), [*MARKS] * len(runs))) if len(runs) > 1 else [(COLORS[0], "")]
+    for title, names in CURVES.items():
+        found = [(xy, *look, line) for r, look in zip(runs, looks) for name, line in zip(names, ("-", ":"))
+                 if (xy := points(r.metrics, name))]
+        pictures[title + " (dotted: greedy)" * any(line == ":" for *_, line in found)] = [(curve, x) for x in found]
+    pictures["Rating mu of each prompt (coloured: the lineage of the best)"] = [
+        (lambda axis, s: axis.plot(*zip(*points(s.history, "mu")), "." if len(s.history) == 1 else "-", color=COLORS[
+            0] if s.id in own else "gray", alpha=1 if s.id in own else 0.4, zorder=2 + (s.id in own)), [s])
+        for s in run.population if s.history and len(run.population) > 1]
+    if len(runs) > 1:
+        yield tag("ul", cls="legend", *(
+            tag("li", tag("b", MARKS[mark], style=f"color: var(--c{COLORS.index(color)})"), f" {r.name}")
+            for r, (color, mark) in zip(runs, looks)))
+    drawn = []
+    for title, parts in pictures.items():
+        axis = (figure := Figure(figsize=(4.6, 2.6), layout="constrained")).subplots()
+        for draw_part, arguments in parts:
+            draw_part(axis, *arguments)
+        axis.set(xlabel="iteration")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        drawn += [tag("figure", tag("figcaption", title), svg(figure, title))] if parts else []
+    yield tag("div", *drawn, cls="grid") if drawn else tag("p", "No iteration is logged yet.")
+    tested = [m for m in run.metrics if {"val", "test"} & m.keys()]
+    names = [n for n in dict.fromkeys(k for m in tested for k in m) if n.startswith(("val", "test"))]
+    rows = [[m["iteration"], m.get("prompt", "–"), *(f"{m[n]:.3f}" if n in m else "–" for n in names)] for m in tested]
+    if rows:
+        yield fold("The evaluations in numbers", table(["iteration", "prompt", *names], rows, "evaluations"))
+
+
+def tree(run: Record) -> Iterator[Html]:
+    """The tree as a picture whose boxes tell of their prompts."""
     if len(run.population) < 2:
-        return title, tag("p", "There is but one prompt: nothing was bred (yet).")
-    notes = {}
-    for s in run.population:
-        score = [f"{e['split']} {e['score']:.3f} (iteration {e['iteration']})" for e in s.scores[-2:]]
-        notes[f"node-{s.id}"] = "\n".join([
-            described(s), f"mu {s.mu:.1f}, sigma {s.sigma:.1f}, {len(s.history)} tournaments", *score,
-            *(f"G{i} {text}" for i, text in enumerate(short(x, 160) for x in s.principles[:12]))])
+        yield tag("p", "No prompt was bred, or not yet.")
+        return
+    notes = {f"node-{s.id}": "\n".join([
+        described(s), f"mu {s.mu:.1f}, sigma {s.sigma:.1f}, {len(s.history)} tournaments",
+        *(f"{e['split']} {e['score']:.3f} (iteration {e['iteration']})" for e in s.scores[-2:]),
+        *(f"G{i} {short(text, 160)}" for i, text in enumerate(s.principles[:12]))]) for s in run.population}
+    yield tag("p", "A box is a prompt with its rating mu, the greener the higher, below its parents; beside it its "
+              "last test score; a thick frame marks the best. Hover to read a prompt, click to find it in the table.")
+    yield tag("ul", *(tag("li", tag("b", "—▸", style=f"color: var(--c{COLORS.index(color)})"), f" {name}")
+                      for name, color in OPERATOR_COLORS.items()), cls="legend")
     figure, _ = tree_figure(run.population, run.tested.id)
-    colors = [tag("li", tag("b", "—▸", style=f"color:var(--c{i % len(COLORS)})"), f" {name}")
-              for i, name in enumerate(OPERATOR_COLORS)]
-    text = ("A box is a prompt with its rating mu, the greener the higher, below its parents; beside it its last test "
-            "score; a thick frame marks the tested prompt. Hover to read a prompt, click to find it in the table.")
-    return title, join([tag("p", text), tag("ul", *colors, cls="legend"), tag(
-        "div", svg(figure, "evolutionary tree", notes), cls="scroll tree", tabindex=0, role="region",
-        aria_label="tree", data_show=f"node-{run.tested.id}")])
+    yield tag("div", svg(figure, "evolutionary tree", notes), cls="scroll tree", tabindex=0, role="region",
+              aria_label="evolutionary tree", data_show=f"node-{run.tested.id}")
 
 
-@functools.lru_cache(None)
-def likeness(a: str, b: str) -> difflib.SequenceMatcher:
-    """Two principles compared word by word."""
-    return difflib.SequenceMatcher(None, re.split(r"(\s+)", a), re.split(r"(\s+)", b), autojunk=False)
-
-
-def changes(old: list[str], new: list[str]) -> Html:
-    """A child's principles against its parent's: what was reworded, word by word, what was added, what is gone."""
-    gone, items = [text for text in old if text not in new], []
-    kept = len(old) - len(gone)
-    for text in (text for text in new if text not in old):
-        near = max(gone, key=lambda x: likeness(x, text).ratio(), default=None)
-        if near is None or likeness(near, text).ratio() < 0.5:
-            items.append(tag("li", "+ ", tag("ins", text)))
-            continue
-        gone.remove(near)
-        m, parts = likeness(near, text), []
-        for kind, i, j, k, n in m.get_opcodes():
-            before, after = "".join(m.a[i:j]), "".join(m.b[k:n])
-            parts += [after] if kind == "equal" else [tag(t, x) for t, x in (("del", before), ("ins", after)) if x]
-        items.append(tag("li", "~ ", *parts))
-    items += [tag("li", "− ", tag("del", text)) for text in gone]
-    return tag("ul", *items, tag("li", f"{kept} unchanged", cls="soft"), cls="diff")
-
-
-def lineage_section(run: Record) -> tuple[str, Html]:
+def descent(run: Record) -> Iterator[Html]:
+    """The lineage of the tested prompt, step by step."""
     steps = []
     for parent, s in zip(run.lineage, run.lineage[1:]):
-        heading = f"{parent.id} → {s.id}: {s.operation}, iteration {s.iteration}; mu now {s.mu:.1f}" + (
-            f"; with {', '.join(map(str, s.parents[1:]))}" if s.parents[1:] else "")
+        more = f", with {' and '.join(map(str, s.parents[1:]))}" if s.parents[1:] else ""
+        heading = f"{parent.id} → {s.id}: {s.operation}{more}, iteration {s.iteration}; mu at last {s.mu:.1f}"
         steps.append(tag("div", tag("h3", heading), changes(parent.principles, s.principles), cls="card"))
-    early = [fold(f"the first {len(steps) - 8} of {len(steps)} steps", *steps[:-8])] if len(steps) > 8 else []
-    return "Lineage of the best prompt", join([*early, *steps[-8:]] or [tag("p", "It is the root.")])
+    if len(steps) > 8:
+        yield fold(f"The first {len(steps) - 8} of {len(steps)} steps", *steps[:-8])
+    yield from steps[-8:] or [tag("p", "The best prompt is the root.")]
 
 
-def prompts_section(run: Record) -> tuple[str, Html]:
+def prompts(run: Record) -> Iterator[Html]:
+    """The table of prompts."""
     rows, own = [], {s.id for s in run.lineage}
     for s in run.population:
         score = {e["split"]: f"{e['score']:.3f}" for e in s.scores}
-        mark = "★ tested" if s is run.tested else "lineage" if s.id in own else ""
         rows.append([
-            str(s.id), mark, s.operation, ", ".join(map(str, s.parents)), str(s.iteration), f"{s.mu:.1f}",
-            f"{s.sigma:.1f}", str(len(s.history)), f"{s.history[-1]['value']:.3f}" if s.history else "",
-            score.get("val", ""), score.get("test", ""), fold(f"{len(s.principles)} principles", principles(s))])
-    heads = ["id", "", "made by", "parents", "iteration", "mu", "sigma", "tournaments", "last V", "val", "test", ""]
-    heads = [tag("th", tag("button", h, type="button"), scope="col") if h else tag("th") for h in heads]
-    return "Prompts", join([tag("p", "A click on a column's head sorts by it."), table(
-        heads, rows, "prompts", [f"prompt-{s.id}" for s in run.population], "sortable")])
+            s.id, "★ best" if s is run.tested else "lineage" if s.id in own else "", s.operation,
+            " ".join(map(str, s.parents)), s.iteration, f"{s.mu:.1f}", f"{s.sigma:.1f}", len(s.history),
+            f"{s.history[-1]['value']:.3f}" if s.history else "", score.get("val", ""), score.get("test", ""),
+            fold(f"{len(s.principles)} principles", principles(s))])
+    heads = "id", "", "made by", "parents", "iteration", "mu", "sigma", "tournaments", "last V", "val", "test"
+    yield tag("p", "A click on the head of a column sorts by it.")
+    yield table([*(x and tag("button", x, type="button") for x in heads), "principles"], rows, "prompts", "sortable",
+                [f"prompt-{s.id}" for s in run.population])
 
 
-def heat_section(values: dict) -> tuple[str, Html]:
-    """Problems by prompts, empty cells in a row put together."""
-    title, of = "Problems and prompts: V", defaultdict(dict)
+def heat_map(values: dict) -> Iterator[Html]:
+    """Problems by prompts; empty cells in a row are one."""
+    cells, columns = defaultdict(dict), sorted({prompt for _, prompt in values})
     for (problem, prompt), (total, n) in values.items():
-        of[problem][prompt] = total / n, n
-    if not of:
-        return title, tag("p", "No training rollout has been logged yet.")
-    columns = sorted({prompt for _, prompt in values}, key=lambda i: (str(type(i)), i))
-    low = min(0, *(v for row in of.values() for v, _ in row.values()), 0)
-    mean = {problem: sum(v * n for v, n in row.values()) / sum(n for _, n in row.values()) for problem, row in of.items()}
-    brief = lambda v: "1" if v > 0.995 else f"{v:.2f}".replace("0.", ".").rstrip("0").rstrip(".") or "0"
-    shade = lambda v: f"v{max(0, min(10, round(10 * (v - low) / (1 - low))))}"
+        cells[problem][prompt] = total / n, n
+    low = min([0, *(v for row in cells.values() for v, _ in row.values())])
+    brief = lambda v: f"{v:.2f}".rstrip("0").rstrip(".").replace("0.", ".")
+    colored = lambda v, **more: tag("td", brief(v), cls=f"v{round(10 * (v - low) / (1 - low))}", **more)
+    empty = lambda n: [tag("td", colspan=n)] if n else []
     rows = []
-    for problem in sorted(of, key=lambda x: -mean[x]):
-        cells, gap = [tag("th", problem, scope="row"), tag("td", f"{mean[problem]:.2f}", cls=shade(mean[problem]))], 0
-        for prompt in columns:
-            if prompt not in of[problem]:
-                gap += 1
-                continue
-            v, n = of[problem][prompt]
-            cells += [tag("td", colspan=gap)] * bool(gap)
-            cells.append(tag("td", brief(v), cls=shade(v), title=f"{problem}, prompt {prompt}: V {v:.2f} of {n}"))
-            gap = 0
-        rows.append(tag("tr", *cells, *[tag("td", colspan=gap)] * bool(gap)))
-    text = (f"Mean reward of training rollouts, {len(of)} problems (the most often solved first) by {len(columns)} "
-            f"prompts, from {low:.2f} (pale) to 1 (dark). Empty: never tried.")
-    return title, join([tag("p", text), table(["problem", "all", *columns], rows, "problems by prompts", (), "heat")])
+    for problem, row in cells.items():
+        mean = sum(v * n for v, n in row.values()) / sum(n for _, n in row.values())
+        line, last = [tag("th", problem, scope="row"), colored(mean)], -1
+        for i, prompt in enumerate(columns):
+            if prompt in row:
+                v, n = row[prompt]
+                line += [*empty(i - last - 1), colored(v, title=f"{problem}, prompt {prompt}: {v:.2f} of {n}")]
+                last = i
+        rows.append((mean, line + empty(len(columns) - last - 1)))
+    yield tag("p", f"V, the mean reward of training rollouts, from {low:.2g} (pale) to 1 (strong). Problems: {len(rows)}, "
+              f"the hardest first; prompts: {len(columns)}. Empty: never tried.")
+    yield table(["problem", "all", *columns], [line for _, line in sorted(rows, key=lambda x: x[0])],
+                "problems by prompts", "heat")
 
 
-def rollouts_section(samples: dict) -> tuple[str, Html]:
-    items = []
-    for r in samples.values():
+def rollouts(samples: list[dict]) -> Iterator[Html]:
+    """Sample responses."""
+    yield tag("p", "Of some iterations the first response with each outcome." if samples else "None is logged yet.")
+    for r in samples:
         sign = "✓" if r["reward"] == 1 else "✗" if r["reward"] <= 0 else "◐"
-        stop = f"{STOPS.get(r.get('stop'), r.get('stop'))} after {r.get('tokens')} tokens"
-        items.append(fold(
-            f"{sign} {r['outcome']}, reward {r['reward']:.2g}: iteration {r['iteration']}, {r['split']}, prompt "
-            f"{r['prompt']}, problem {r['problem']}; {stop}", tag("pre", short(r["response"])), start=not items))
-    return "Sample rollouts", join([tag("p", "Of some iterations the first response with each outcome."), *items]
-                                   if items else [tag("p", "No rollout has been logged yet.")])
+        stop = f"{STOPS.get(r['stop'], r['stop'])} after {r['tokens']} tokens"
+        yield fold(f"{sign} {r['outcome']}, reward {r['reward']:.2g}: iteration {r['iteration']}, {r['split']}, prompt "
+                   f"{r['prompt']}, problem {r['problem']}; {stop}", tag("pre", short(r["response"])),
+                   start=r is samples[0])
 
 
-def reflections_section(run: Record, found: dict[int, list[dict]]) -> tuple[str, Html]:
-    parse, task = espl.parse_operations, str(run.config.get("task", ""))
-    if re.fullmatch(r"\w+", task):  # one of tasks/; what else a config.json names is not run
+def reflections(run: Record, found: dict[int, list[dict]]) -> Iterator[Html]:
+    """Replies of the reflection model on the left, what became of them on the right."""
+    parse, task = espl.parse_operations, str(run.config.get("task"))
+    if re.fullmatch(r"\w+", task):  # one of tasks/; what else a config.json may name is not run
         with contextlib.suppress(espl.UserError):
             parse = espl.task_file(task).get("parse", parse)
     lines = {m["iteration"]: m for m in run.metrics}
-    cards = []
+    why = Counter(re.split(r" \(|;", x)[0] for m in run.metrics for x in m.get("no_child", {}).values())
+    yield tag("p", f"{len(run.population[1:])} children were made. Attempts that made none: ", "; ".join(
+        f"{n} × {x}" for x, n in why.most_common(6)) or "none", ". Shown are iterations of the best prompt's lineage, "
+        "the latest, and some between.")
     for iteration, replies in found.items():
         m = lines.get(iteration, {})
         bred = {name: run.population[c["id"]] for name, c in m.get("children", {}).items()
                 if c["id"] < len(run.population)}
-        left = [reflection(r, parse, bred) for r in replies]
-        right = [join([tag("h4", described(s)), changes(run.population[s.parents[0]].principles, s.principles)])
+        right = [join([tag("h3", described(s)), changes(run.population[s.parents[0]].principles, s.principles)])
                  for s in bred.values()]
-        right += [tag("p", f"no child by {name}: {why}") for name, why in m.get("no_child", {}).items()]
-        right += [tag("p", f"dropped: {', '.join(f'{n} {why}' for why, n in m['dropped'].items())}", cls="soft")
-                  ] if m.get("dropped") else []
-        made = ", ".join(f"prompt {s.id}" for s in bred.values()) or "no child"
-        cards.append(fold(f"iteration {iteration}, best prompt {m.get('best', '?')}: {made}", tag(
-            "div", tag("div", *left), tag("div", *right), cls="pair"), start=not cards))
-    why = Counter(text for m in run.metrics for text in m.get("no_child", {}).values())
-    tries = sum(len(m.get("children", {})) + len(m.get("no_child", {})) for m in run.metrics)
-    text = (f"{tries} attempts to breed made {len(run.population[1:])} prompts. Left what the reflection model proposed, "
-            "right what became of it; iterations of the lineage, the latest, and some between.")
-    reasons = [tag("p", "Why there was no child: ", "; ".join(f"{n} × {x}" for x, n in why.most_common(5)), ".")]
-    return "Reflections", join([tag("p", text), *reasons * bool(why), *cards] if tries or cards else
-                               [tag("p", "Nothing was reflected on (yet).")])
+        right += [tag("p", f"No child by {name}: {reason}") for name, reason in m.get("no_child", {}).items()]
+        if m.get("dropped"):
+            right.append(tag("p", "dropped: ", ", ".join(f"{n} {x}" for x, n in m["dropped"].items()), cls="soft"))
+        yield fold(f"Iteration {iteration}: {', '.join(f'prompt {s.id}' for s in bred.values()) or 'no child'}", tag(
+            "div", tag("div", *(reflection(r, parse, bred) for r in replies)), tag("div", *right), cls="pair"),
+            start=iteration == min(found))
 
 
 def reflection(r: dict, parse, bred: dict[str, espl.SystemPrompt]) -> Html:
     """A reply's operations with what became of each, and its text to unfold."""
     if r["traceback"]:
-        return fold("an operator failed", tag("pre", r["traceback"]))
-    request, reply = str(r["request"]), str(r["reply"])
-    child, found = bred.get("crossover" if request == "crossover" else "mutation"), None
-    with contextlib.suppress(Exception):  # a task's parser may not be made for a reply that it once choked on
-        found = parse(espl.final_text(reply).strip())
-    kept = {text.casefold() for text in child.principles} if child else ()
-    items = []
-    for op in found or []:
+        return fold("An operator failed", tag("pre", r["traceback"]))
+    operations, child = None, bred.get("crossover" if r["request"] == "crossover" else "mutation")
+    with contextlib.suppress(Exception):  # a run survives its task's parser, so do we
+        operations = parse(espl.final_text(str(r["reply"])).strip())
+    kept, items = {text.casefold() for text in child.principles} if child else (), []
+    for op in operations or []:
         text = " ".join(str(op.get("principle") or "").split())
         fate = "no child" if not child else f"in prompt {child.id}" if text.casefold() in kept else "not as it stands"
         named = [op.get(k) for k in ("modified_from", "remove_id", "merged_from") if op.get(k)]
-        items.append(tag("li", tag("b", op.get("operation")), f" {', '.join(map(str, named))} ", text, " ",
+        items.append(tag("li", tag("b", op.get("operation")), f" {', '.join(map(str, named))} {text} ",
                          tag("span", fate, cls="fate") if text else None))
-    said = f"{request}: {'could not be read' if found is None else f'{len(items)} operations'}"
-    return fold(said, tag("ul", *items), tag("pre", short(reply, 3000)))
+    said = "could not be read" if operations is None else "" if items else "nothing to change"
+    return join([tag("h3", r["request"], ": " * bool(said), said), tag("ul", *items),
+                 fold("the reply", tag("pre", short(r["reply"], 3000)))])
 
 
-def seconds_section(run: Record) -> tuple[str, Html]:
+def seconds(run: Record) -> Iterator[Html]:
+    """Where the time went."""
     from matplotlib.figure import Figure
     rows = [m for m in run.metrics if m.get("seconds")]
     total = sum((Counter(m["seconds"]) for m in rows), Counter())
     if not total:
-        return "Seconds by phase", tag("p", "No iteration has been logged yet.")
-    axis = (figure := Figure(figsize=(9, 2.8), layout="constrained")).subplots()
+        yield tag("p", "No iteration is logged yet.")
+        return
+    axis = (figure := Figure(figsize=(4.6, 2.8), layout="constrained")).subplots()
     x, below = [m["iteration"] for m in rows], np.zeros(len(rows))
     for (name, _), color in zip(total.most_common(), COLORS * len(total)):
         y = np.array([m["seconds"].get(name, 0) for m in rows])
-        axis.bar(x, y, 0.9, below, color=color, label=name)
-        below += y
-    axis.set(xlabel="iteration", ylabel="seconds")
+        axis.fill_between(x, below, below := below + y, step="mid", color=color, label=name, linewidth=0)
+    axis.set(xlabel="iteration", ylabel="seconds", ylim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, ncols=6, loc="lower right", bbox_to_anchor=(1, 1))
-    share = [[name, f"{s:,.1f}", f"{100 * s / sum(total.values()):.1f} %", f"{s / len(rows):,.2f}"]
-             for name, s in total.most_common()]
-    return "Seconds by phase", join([tag("figure", svg(figure, "seconds by phase")), table(
-        ["phase", "seconds", "share", "an iteration"], share, "seconds by phase")])
+    figure.legend(frameon=False, ncols=5, loc="outside upper left", fontsize=8, handlelength=1, columnspacing=1)
+    shares = [[name, f"{s:,.1f}", f"{100 * s / sum(total.values()):.1f} %", f"{s / len(rows):,.2f}"]
+              for name, s in total.most_common()]
+    yield tag("div", tag("figure", svg(figure, "seconds by phase")), table(
+        ["phase", "seconds", "share", "a line"], shares, "seconds by phase"), cls="grid")
 
 
-def configuration_section(runs: list[Record]) -> tuple[str, Html]:
-    fields = {f.name: f for f in dataclasses.fields(espl.Config)}
-    rows = []
+def configuration(runs: list[Record]) -> Iterator[Html]:
+    """All flags, of all runs."""
+    fields = {f.name: (f.default, f.metadata["text"]) for f in dataclasses.fields(espl.Config)}
+    written, rows = lambda x: json.dumps(x, ensure_ascii=False), []
     for name in dict.fromkeys([*fields, *(k for r in runs for k in r.config)]):
-        given = [json.dumps(r.config[name], ensure_ascii=False) if name in r.config else "–" for r in runs]
-        default = json.dumps(fields[name].default) if name in fields else "–"
-        told = fields[name].metadata["text"] if name in fields else "a flag of the task"
-        marked = len({*given}) > 1 if len(runs) > 1 else given[0] != default
-        cells = [tag("th", name, scope="row"), *(tag("td", x) for x in given), tag("td", default), tag("td", told)]
-        rows.append(tag("tr", *cells, cls="marked" if marked else None))
-    text = "Marked: where the runs differ." if len(runs) > 1 else "Marked: what is not espl.py's default."
-    return "Configuration", join([tag("p", text), table(
-        ["flag", *(r.name for r in runs), "default", ""], rows, "configuration")])
+        default, text = fields.get(name, ("", "a flag of the task"))
+        given = [written(r.config[name]) if name in r.config else "–" for r in runs]
+        marked = len({*given}) > 1 if len(runs) > 1 else given[0] != written(default)
+        rows.append(["★" * marked, tag("th", name, scope="row"), *given, written(default), text])
+    yield tag("p", "★: the runs differ." if len(runs) > 1 else "★: not the default of espl.py.")
+    yield table(["", "flag", *(r.name for r in runs), "default", "meaning"], rows, "configuration", "wide")
 
 
 def page(runs: list[Record]) -> str:
     """The whole document."""
-    run = runs[0]
+    run, frame = runs[0], Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     values, samples = survey_rollouts(run)
-    found = survey_reflections(run) if run.config.get("mode") != "rl" else {}
-    sections = [curves_section(runs), evaluations_section(run), tree_section(run), lineage_section(run),
-                prompts_section(run), heat_section(values), rollouts_section(samples),
-                reflections_section(run, found), seconds_section(run), configuration_section(runs)]
-    first = headline(runs)  # now, for the notes of all that was read
-    keys = [re.sub(r"\W+", "-", title.lower()) for title, _ in sections]
-    written = max((p.stat().st_mtime for p in run.directory.glob("*.json*")), default=time.time())
-    stamp = f"Last written {time.strftime('%Y-%m-%d %H:%M', time.localtime(written))}."
-    body = tag("body", tag("header", tag("h1", " and ".join(r.name for r in runs)), tag("p", stamp, cls="soft")), tag(
-        "main", first, tag("nav", *(tag("a", title, href=f"#{key}") for (title, _), key in zip(sections, keys)),
-                           aria_label="sections"),
-        *(tag("section", tag("h2", title), inside, id=key) for (title, inside), key in zip(sections, keys))),
-        tag("script", Html(SCRIPT)))
-    allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{allowed}'"
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"{tag('title', run.name, ': E-SPL report')}<style>{STYLE}</style></head>\n{body}</html>\n")
+    sections = {
+        "Curves": curves(runs), "Evolutionary tree": tree(run), "Lineage of the best prompt": descent(run),
+        "Prompts": prompts(run), "Problems and prompts": heat_map(values), "Sample rollouts": rollouts(samples),
+        "Reflections": reflections(run, survey_reflections(run)), "Seconds by phase": seconds(run),
+        "Configuration": configuration(runs)}
+    keys = {title: title.lower().replace(" ", "-") for title in sections}
+    stamp = max((p.stat().st_mtime for p in run.directory.glob("*.json*")), default=0)
+    body = join([
+        tag("h1", " and ".join(r.name for r in runs)),
+        tag("p", f"Last written {time.strftime('%Y-%m-%d %H:%M', time.localtime(stamp))}.", cls="soft"), headline(runs),
+        tag("nav", *(tag("a", title, href=f"#{key}") for title, key in keys.items()), aria_label="sections"),
+        *([tag("h3", f"The best prompt, {run.tested.id}"), principles(run.tested)] if run.tested else []),
+        *(tag("section", tag("h2", title), *parts, id=keys[title]) for title, parts in sections.items())])
+    script = hashlib.sha256(re.search("<script>(.*?)</script>", frame, re.S)[1].encode()).digest()
+    frame = frame.replace("SCRIPTS", f"script-src 'sha256-{base64.b64encode(script).decode()}'")
+    frame = frame.replace("<!-- title -->", tag("title", f"{run.name}: E-SPL report"))
+    return frame.replace("<!-- body -->", tag("main", body))
 
 
 def main(argv: list[str] | None = None) -> int:
