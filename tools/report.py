@@ -277,7 +277,7 @@ def tag(name: str, *inside, **attributes) -> Html:
 
 def table(heads, rows, label: str, cls: str | None = None, ids=()) -> Html:
     """A table that scrolls in a box of its own. A cell may be a td or th ready made; `ids` are those of the rows."""
-    number = lambda x: "n" if not isinstance(x, Html) and re.fullmatch(r"[-+.,\d]+( %)?", str(x)) else None
+    number = lambda x: "n" if not isinstance(x, Html) and re.fullmatch(r"[-+.,\d]+( [%\d]+)*", str(x)) else None
     cell = lambda x: x if isinstance(x, Html) and x.startswith(("<td", "<th")) else tag("td", x, cls=number(x))
     rows, ids = [[*row] for row in rows], [*ids] or [None] * len(rows)
     body = [tag("tr", *map(cell, row), id=key) for row, key in zip(rows, ids)]
@@ -506,8 +506,8 @@ def heat_map(values: dict) -> Iterator[Html]:
                 line += [*empty(i - last - 1), colored(v, title=f"{problem}, prompt {prompt}: {v:.2f} of {n}")]
                 last = i
         rows.append((mean, line + empty(len(columns) - last - 1)))
-    yield tag("p", f"V, the mean reward of training rollouts, from {low:.2g} (pale) to 1 (strong). Problems: {len(rows)}, "
-              f"the hardest first; prompts: {len(columns)}. Empty: never tried.")
+    yield tag("p", f"V, the mean reward of training rollouts, from {low:.2g} (pale) to 1 (strong). Problems: "
+              f"{len(rows)}, the hardest first; prompts: {len(columns)}. Empty: never tried.")
     yield table(["problem", "all", *columns], [line for _, line in sorted(rows, key=lambda x: x[0])],
                 "problems by prompts", "heat")
 
@@ -586,7 +586,7 @@ def seconds(run: Record) -> Iterator[Html]:
     shares = [[name, f"{s:,.1f}", f"{100 * s / sum(total.values()):.1f} %", f"{s / len(rows):,.2f}"]
               for name, s in total.most_common()]
     yield tag("div", tag("figure", svg(figure, "seconds by phase")), table(
-        ["phase", "seconds", "share", "a line"], shares, "seconds by phase"), cls="grid")
+        ["phase", "seconds", "share", "an iteration"], shares, "seconds by phase"), cls="grid")
 
 
 def configuration(runs: list[Record]) -> Iterator[Html]:
