@@ -31,13 +31,16 @@ for _name, _value in {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {f
     os.environ.setdefault(_name, _value)
 
 import ast
+import base64
 import contextlib
 import copy
 import dataclasses
 import hashlib
+import html
+import html.parser
+import http.server
 import inspect
 import itertools
-import http.server
 import json
 import math
 import re
@@ -4199,6 +4202,8 @@ def test_tree_picture(report, tmp_path, monkeypatch, capsys):
         kind = "mutation" if len(parents) == 1 else "crossover"
         prompts.append(espl.SystemPrompt(i, [str(i)], 20.0 + i / 2, 1.0, kind, parents.tolist(), i))
     monkeypatch.setattr(Axes, "text", lambda *args, **k: drawn.update({args[3]: (*args[1:3], k)}) or text(*args, **k))
+    tmp_path /= "$\\frac{"  # not to be read as TeX
+    tmp_path.mkdir()
     write_run(tmp_path, prompts)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         assert report.main([str(tmp_path)]) == 0
@@ -4230,14 +4235,171 @@ def test_curves_show_what_was_logged(report, tmp_path, monkeypatch):
                           ("prompt 0", [1], [26.0]), ("mean", [1], [7.0]), ("mean", [1], [0.4])]
 
 
-@pytest.mark.parametrize("changes", [
-    {"population.json": "[]"}, {"population.json": "{"}, {"population.json": '[{"id": 0}]'}, {"metrics.jsonl": ""},
-    {"metrics.jsonl": "{\n"}, {"config.json": "[]"}, None])
-def test_report_of_what_is_no_run(report, tmp_path, capsys, changes):
-    if changes is not None:
-        write_run(tmp_path, [espl.SystemPrompt(0, [])], **changes)
-    assert report.main([str(tmp_path)]) == 2 and not list(tmp_path.glob("*.png"))
-    assert re.fullmatch(f"report: error: cannot read the run {tmp_path} .*\n", capsys.readouterr().err)
+@pytest.mark.parametrize("files", [None, {}, {"config.json": '{"model_type": "llama"}'}, {"population.json": "["},
+                                   {"config.json": "[]", "metrics.jsonl": '{"iteration": 0, "te'}])
+def test_report_of_what_is_no_run(report, tmp_path, capsys, files):
+    for name, text in (files or {}).items():
+        (tmp_path / name).write_text(text)
+    directory = tmp_path / "none" if files is None else tmp_path
+    assert report.main([str(directory)]) == 2 and not {*tmp_path.iterdir()} - {tmp_path / n for n in files or ()}
+    assert re.fullmatch(f"report: error: cannot read the run {directory} .*\n", capsys.readouterr().err)
+
+
+HOSTILE = "</script></pre></title><img src=x onerror=alert(1)><!--\u202e\0\ud800 $\\frac{ &amp; \" ' "
+
+
+class Page(html.parser.HTMLParser):
+    """A page taken apart: (tag, attributes) and texts; complains of tags that are not closed in order."""
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        assert len(dict(attrs)) == len(attrs)
+        self.open += [tag] if tag not in ("meta", "link") else []
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def text(self, section):
+        """What is to be read in a section."""
+        part = self.source.partition(f'id="{section}"')[2].partition("</section>")[0]
+        return " ".join(html.unescape(re.sub("<[^>]*>", "", "<" + part)).split())
+
+
+def write_pages_run(directory, text="plain"):
+    """A run of two iterations in which `text` is said wherever others have a say."""
+    one, two = "When in doubt, draw a circle", "When in doubt, draw a figure"
+    won = dict(iteration=2, value=0.5, rank=0, mu=26.0, sigma=1.0)
+    prompts = [espl.SystemPrompt(0, []), espl.SystemPrompt(1, [one, text], 26.0, 1.0, "mutation", [0], 1, [won]),
+               espl.SystemPrompt(2, [two], 30.0, 1.0, "mutation", [1], 2)]
+    line = dict(reward_mean=0.5, truncated=0.25, seconds=dict(sample=30.0, reflect=10.0))
+    lines = [dict(iteration=0, prompt=0, val=0.5, test=0.125, seconds={}),
+             dict(iteration=1, children={"mutation": dict(id=1, parents=[0])}, no_child={"crossover": text}, **line),
+             dict(iteration=2, children={"mutation": dict(id=2, parents=[1])}, no_child={}, dropped={text: 3},
+                  prompt=2, val=0.25, test=0.375, **line)]
+    rollout = lambda i, split, prompt, problem, reward, stop="eos": dict(
+        iteration=i, split=split, prompt=prompt, problem=problem, reward=reward, outcome=["wrong", text][int(reward)],
+        stop=stop, tokens=7, calls=0, response=f"response {text} of {i}" + "x" * 9000)
+    answers = [rollout(1, "train", 0, "a", 0.0, "length"), rollout(1, "train", 0, text, 1.0),
+               *(rollout(2, "train", 1, "a", r) for r in (0.0, 0.0, 0.0, 1.0)), rollout(2, "test", 2, "t", 0.0)]
+    operations = [dict(operation="add", principle=one), dict(operation=text, principle=text + " not taken")]
+    replies = [dict(iteration=1, request="critique", prompt="p", reply=f"<think>{text}</think>{json.dumps(operations)}"),
+               dict(iteration=1, request="summarize", prompt="p", reply="a summary"),
+               dict(iteration=1, traceback=text), dict(iteration=2, request="critique", prompt="p", reply="said " + text)]
+    directory.mkdir(exist_ok=True)
+    record = lambda rows: "".join(json.dumps(r) + "\n" for r in rows)
+    write_run(directory, prompts, **{
+        "metrics.jsonl": record(lines) + '{"iteration": 3, "rew', "rollouts.jsonl": record(answers) + '{"iteration"',
+        "reflections.jsonl": record(replies), "config.json": json.dumps(
+            dataclasses.asdict(espl.Config(task="aime", model=text, iterations=4)))})
+
+
+def test_report_shows_what_a_run_did(report, tmp_path):
+    write_pages_run(tmp_path / "run")
+    assert report.main([str(tmp_path / "run")]) == 0
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"report.html", "tree.png", "tree.svg", "curves.png"}
+    page = Page(tmp_path / "run" / "report.html")
+    said = [data for tag, data in page.texts if tag in ("dt", "dd")]
+    assert said == ["Task", "aime", "Mode", "espl", "Model", "plain", "Seed", "0", "Iterations", "2 of 4",
+                    "Test before → after", "0.125 → 0.375", "Mean of last 5", "0.375", "Picked by validation", "0.125",
+                    "Best prompt", "2, mu 30.0 ± 1.0", "Prompts", "3", "Time", "1.3 min"]
+    assert page.source.index("<dl") < page.source.index("<nav") < page.source.index("<svg")
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    links = [attrs["href"][1:] for tag, attrs in page.tags if tag == "a"]
+    assert len(ids) == len({*ids}) and {*links} <= {*ids} and len({*links} & {f"prompt-{i}" for i in range(3)}) == 3
+    tips = [data for tag, data in page.texts if tag == "title"][1:]
+    assert [tip.splitlines()[0] for tip in tips] == [
+        "prompt 0: root, iteration 0", "prompt 1: mutation of 0, iteration 1", "prompt 2: mutation of 1, iteration 2"]
+    assert "G0 When in doubt, draw a circle" in tips[1] and page.source.count("<figure>") == 6
+    edits = [(tag, data.strip()) for tag, data in page.texts if tag in ("ins", "del")][:5]
+    assert edits == [("ins", "When in doubt, draw a circle"), ("ins", "plain"), ("del", "circle"), ("ins", "figure"),
+                     ("del", "plain")]
+    cells = [(attrs["title"], attrs["class"]) for _, attrs in page.tags if ", prompt" in attrs.get("title", "")]
+    assert cells == [("a, prompt 0: 0.00 of 1", "v0"), ("a, prompt 1: 0.25 of 4", "v2"),
+                     ("plain, prompt 0: 1.00 of 1", "v10")]
+    assert "a.20.25" in page.text("problems-and-prompts")                           # the mean of five, not of two means
+    samples = page.text("sample-rollouts")
+    assert samples.count("cut at the limit after 7 tokens") == 1
+    assert "✗ wrong, reward 0: iteration 2, test, prompt 2, problem t; ended by itself after 7 tokens" in samples
+    assert samples.count("3,019 characters left out") == 5 and len(samples) < 40_000
+    became = page.text("reflections")
+    assert "add When in doubt, draw a circle in prompt 1plain plain not taken not as it stands" in became
+    assert "critique: could not be read" in became and "a summary" not in became
+    assert "No child by crossover: plain" in became and "dropped: 3 plain" in became
+    assert "sample60.075.0 %30.00" in page.text("seconds-by-phase")
+    assert "★task\"aime\"\"\"" in page.text("configuration") and "★seed" not in page.text("configuration")
+
+
+def test_report_is_whole_and_nothing_in_it_is_markup_of_others(report, tmp_path):
+    write_pages_run(tmp_path / "plain")
+    write_pages_run(directory := tmp_path / HOSTILE.translate({0: None, 0xd800: None, ord("/"): "|"}), HOSTILE)
+    for d in (tmp_path / "plain", directory):
+        (d / "report.html").write_text(report.page([report.read_record(d)]), encoding="utf-8")
+    plain, page = Page(tmp_path / "plain" / "report.html"), Page(directory / "report.html")
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]          # the same elements
+    assert [attrs.keys() for _, attrs in page.tags] == [attrs.keys() for _, attrs in plain.tags]
+    assert not {tag for tag, _ in page.tags} & {"img", "iframe", "object", "embed", "form", "base"}
+    for tag, attrs in page.tags:
+        assert not any(name.startswith("on") or name in ("src", "srcset", "action") for name in attrs)
+        assert all(value.startswith(("#", "data:,")) for name, value in attrs.items() if name.endswith("href"))
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", page.source) and "@import" not in page.source
+    seen = HOSTILE.replace("\u202e", "\ufffd").replace("\0", "\ufffd").replace("\ud800", "\ufffd")
+    assert sum(seen in data for _, data in page.texts) > 15 and not re.search("[\0\u202e]", page.source)
+    [script] = [data for tag, data in page.texts if tag == "script"]
+    [policy] = [attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.split("; ") == ["default-src 'none'", "style-src 'unsafe-inline'", "img-src data:",
+                                  f"script-src 'sha256-{digest}'"]
+
+
+def test_report_of_several_runs(report, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    drawn, plot = [], Axes.plot
+    note = lambda *a, **k: drawn.append([*map(list, a[1:3]), k.get("marker")]) or plot(*a, **k)
+    monkeypatch.setattr(Axes, "plot", note)
+    for name in ("one", "two"):
+        write_pages_run(tmp_path / name)
+    (tmp_path / "two" / "metrics.jsonl").write_text('{"iteration": 0, "test": 0.5}\n{"iteration": 3, "test": 0.75}\n')
+    config = json.loads((tmp_path / "two" / "config.json").read_text()) | dict(seed=5, mode="rl")
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    runs = [report.read_record(tmp_path / name) for name in ("one", "two")]
+    (tmp_path / "page").write_text("".join(report.curves(runs)) + report.headline(runs))
+    page = Page(tmp_path / "page")
+    assert [[0, 2], [0.125, 0.375], "o"] in drawn and [[0, 3], [0.5, 0.75], "s"] in drawn
+    cells = [data for tag, data in page.texts if tag in ("td", "li")]
+    assert cells[:2] == [" one", " two"] and {"0.125 → 0.375", "0.500 → 0.750"} <= {*cells}
+    (tmp_path / "page").write_text("".join(report.configuration(runs)))
+    rows = re.findall("<tr>.*?</tr>", (tmp_path / "page").read_text())
+    assert [re.sub("<.*?>", " ", row).split()[1] for row in rows if "★" in row] == ["mode", "seed"]
+
+
+@pytest.mark.parametrize("without", [
+    {"config.json"}, {"metrics.jsonl"}, {"population.json"}, {"rollouts.jsonl", "reflections.jsonl"},
+    {"metrics.jsonl", "population.json", "rollouts.jsonl", "reflections.jsonl"}], ids=lambda names: min(names))
+def test_report_of_a_run_that_lacks_files(report, tmp_path, without):
+    write_pages_run(tmp_path)
+    for i, name in enumerate(sorted(without)):
+        (tmp_path / name).write_text("{") if i else (tmp_path / name).unlink()
+    assert report.main([str(tmp_path)]) == 0
+    page = Page(tmp_path / "report.html")
+    assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == [
+        "curves", "evolutionary-tree", "lineage-of-the-best-prompt", "prompts", "problems-and-prompts", "sample-rollouts",
+        "reflections", "seconds-by-phase", "configuration"]
+    assert (tmp_path / "tree.png").is_file() == ("rollouts.jsonl" in without and len(without) == 2)
+    noted = [data for tag, data in page.texts if tag == "p" and data.startswith(f"{tmp_path.name}: ")]
+    assert bool(noted) == (without != {"rollouts.jsonl", "reflections.jsonl"})
 
 
 def test_lineage_in_words(report):
