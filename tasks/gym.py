@@ -1,0 +1,194 @@
+"""Any data set of reasoning-gym: a hundred generators of puzzles, each with a grader and levels of difficulty.
+
+    pip install reasoning-gym
+    python espl.py --task gym --gym chain_sum                     # trains on level 0, tests on level 1
+    python espl.py --task gym --gym chain_sum:max_digits=3 --gym-level 1 --gym-test-level 4
+
+docs/gym.md says what a level is and which data sets work. The package runs in a process of its own, started from this
+file: there the hashes of strings do not change from run to run, and every answer is graded in a fork with limits of time
+and memory, because some graders eval() what the model wrote.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+FLAGS = {"gym": ("chain_sum", "data set of reasoning-gym, with any settings of it: name:key=value,key=value"),
+         "gym_level": (0, "level of the training problems"), "gym_test_level": (1, "level of the test problems")}
+DEFAULTS = dict(test_size=128)
+SECONDS, BYTES = 5, 2 * 2**30  # of time and address space, to grade one answer
+WORKER = []  # the process that made the problems, and grades
+
+PROMPTS = """
+[system]
+Solve the problem you are given. Reason step by step, then write the final answer between <answer> and </answer>, in the form
+that the problem asks for and with nothing else between them.
+
+Before you begin, read the following principles carefully, and use those that apply:
+{principles}
+
+[principles]
+"""
+
+
+def problems(config) -> tuple[list[dict], list[dict]]:
+    """Training and test problems, from seeds that are disjoint for both, and for runs with other seeds below 1,024."""
+    wanted = [config.gym, config.seed % 1024 * 2**21, config.gym_level, config.gym_test_level,
+              config.train_size, config.test_size or DEFAULTS["test_size"]]
+    worker = subprocess.Popen([sys.executable, "-P", __file__, json.dumps(wanted)], text=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, env=os.environ | {"PYTHONHASHSEED": "0"})
+    WORKER[:] = [worker]
+    made = json.loads(worker.stdout.readline() or '{"error": "the process that makes the problems ended"}')
+    if "error" in made:
+        raise ValueError(made["error"])
+    if made["note"]:
+        print("espl: note:", made["note"], file=sys.stderr)
+    return made["train"], made["test"]
+
+
+def reward(record: dict, response: str) -> tuple[float, str]:
+    """The data set's own score, 0 to 1, of what stands in the last <answer></answer>, and the outcome: correct (1), wrong
+    (up to 0.1, which many graders give for any answer), else partly right; no_answer; or timeout, if grading it was."""
+    [worker] = WORKER
+    worker.stdin.write(json.dumps([record["part"], record["problem"], response]) + "\n")
+    worker.stdin.flush()
+    if not (line := worker.stdout.readline()):
+        raise RuntimeError("the grader's process ended")
+    return tuple(json.loads(line))
+
+
+# ---- What runs in that process
+
+def read_spec(spec: str) -> tuple[str, dict]:
+    """Name and settings in "name:key=value,key=value". Raises ValueError with what is wrong."""
+    from reasoning_gym.factory import DATASETS
+    name, _, rest = spec.partition(":")
+    if name not in DATASETS or name == "composite":  # that one mixes others, as a YAML file says
+        close = difflib.get_close_matches(name, DATASETS, 3, 0.5) or sorted(DATASETS)
+        raise ValueError(f"--gym {name}: reasoning-gym has no such data set; it has {', '.join(close)}")
+    defaults, settings = vars(DATASETS[name][1]()), {}
+    for key, _, value in (pair.partition("=") for pair in re.split(r",(?=\w+=)", rest) if rest):
+        if key not in defaults or key in ("seed", "size"):
+            known = ", ".join(key for key in defaults if key not in ("seed", "size"))
+            raise ValueError(f"--gym {name}: {key!r} is no setting; these are: {known}")
+        with contextlib.suppress(ValueError, SyntaxError):  # a text needs no quotes
+            value = ast.literal_eval(value)
+        kind = type(defaults[key])
+        if kind in (int, float, bool, str, list, tuple) and type(value) not in (kind, int if kind is float else kind):
+            raise ValueError(f"--gym {name}: {key}={value} must be of type {kind.__name__}, as {defaults[key]} is")
+        settings[key] = value
+    return name, settings
+
+
+def level_config(name: str, level: int, settings: dict):
+    """The data set's config at a level: each attribute of its curriculum there, or at its last. Settings go first."""
+    from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
+    from reasoning_gym.factory import CURRICULA, DATASETS
+    if name not in CURRICULA:
+        return DATASETS[name][1](**settings)
+    curriculum = CURRICULA[name]()
+    curriculum.set_global_level(level)
+    alone = DefaultCurriculumContext(RangeAttributeMode.UPPER_BOUND)  # without the levels below
+    return dataclasses.replace(curriculum.generate_configuration(context=alone), **settings)
+
+
+def draw(name: str, level: int, settings: dict, n: int, taken=()) -> tuple:
+    """The data set, and up to n {question: entry} that are not taken. Raises what the generator raises if none is left."""
+    from reasoning_gym.factory import DATASETS
+    data_set = DATASETS[name][0](level_config(name, level, settings | {"size": 4 * n}))
+    found, error = {}, ValueError(f"--gym {name}: all its problems are test problems; lower --test-size")
+    for i in range(4 * n):
+        try:
+            entry = data_set[i]
+            if (question := entry["question"].strip()) not in taken:
+                found.setdefault(question, entry)
+        except Exception as e:  # of this one
+            error = e
+        if len(found) == n:
+            break
+    if not found:
+        raise error
+    return data_set, found
+
+
+def make(spec: str, seed: int, level: int, test_level: int, train_size: int, test_size: int) -> tuple[dict, str]:
+    """{"train": …, "test": …} as of `draw`, and "" or the reason why the test problems are not harder."""
+    name, settings = read_spec(spec)
+    if min(level, test_level) < 0:
+        raise ValueError("--gym-level and --gym-test-level are at least 0")
+    note, of_test = "", settings | {"seed": seed + 2**20}
+    try:
+        test = draw(name, test_level, of_test, test_size)
+        if level_config(name, level, of_test) == level_config(name, test_level, of_test):
+            note = "that is its highest level"
+    except Exception as e:  # in some data sets some levels do not work; if it is not that, the next line fails as well
+        test, note = draw(name, level, of_test, test_size), f"level {test_level} fails: {e or type(e).__name__}"
+    train = draw(name, level, settings | {"seed": seed}, train_size, test[1])
+    return {"train": train, "test": test}, note and f"{name}: test problems are as hard as training problems; {note}"
+
+
+def no_access(event: str, args: tuple) -> None:
+    """An audit hook: what is graded may compute, and read files, but not write, start, send or delete anything."""
+    writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes or event.startswith(("os.", "subprocess.", "socket.", "shutil.", "ctypes.")) and event != "os.listdir":
+        raise PermissionError(event)
+
+
+def graded(data_set, entry: dict, response: str) -> tuple[float, str]:
+    """Score and outcome of a response, found in a child process."""
+    from reasoning_gym.utils import extract_answer
+    ours, theirs = os.pipe()
+    if not (child := os.fork()):
+        try:
+            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+            signal.alarm(SECONDS)
+            with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit
+                resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+            sys.addaudithook(no_access)
+            answer = extract_answer(response)
+            os.write(theirs, b"none" if answer is None else str(float(data_set.score_answer(answer, entry))).encode())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with open(ours) as pipe:
+        said = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == -signal.SIGALRM or said == "none":
+        return 0.0, "no_answer" if said else "timeout"
+    score = min(max(0.0, float(said or 0)), 1.0)  # a grader that raises says nothing
+    return score, "correct" if score == 1 else "partly right" if score > 0.1 else "wrong"
+
+
+def serve(wanted: list) -> None:
+    """Prints the problems, or an error, as a line; then, for every line [part, question, response], what it is worth."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing a library prints may look like a reply
+    say = lambda x: print(json.dumps(x), file=out, flush=True)
+    sys.dont_write_bytecode = True
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        parts, note = make(*wanted)
+    except ImportError as e:
+        return say({"error": f"{e}: pip install reasoning-gym"})
+    except Exception as e:
+        return say({"error": f"{e or type(e).__name__}"})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program ends, and this with it
+    say({"note": note} | {part: [
+        {"problem": question, "answer": str(entry["answer"] or "any that fits"), "part": part}
+        for question, entry in entries.items()] for part, (_, entries) in parts.items()})
+    for line in sys.stdin:
+        part, question, response = json.loads(line)
+        data_set, entries = parts[part]
+        say(graded(data_set, entries[question], response))
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
