@@ -4,9 +4,9 @@
     python espl.py --task gym --gym chain_sum                     # trains on level 0, tests on level 1
     python espl.py --task gym --gym chain_sum:max_digits=3 --gym-level 1 --gym-test-level 4
 
-docs/gym.md says what a level is and which data sets work. The package runs in a process of its own, started from this
-file: there the hashes of strings do not change from run to run, and every answer is graded in a fork with limits of time
-and memory, because some graders eval() what the model wrote.
+docs/gym.md says what a level is, and which data sets work. The package is used in a process of its own, which runs this
+file: there hashes of strings, on which some generators depend, are the same in every run; and each answer is graded in
+a fork with limits of time and memory, since some graders eval() what the model wrote.
 """
 
 import ast
@@ -24,13 +24,14 @@ import sys
 FLAGS = {"gym": ("chain_sum", "data set of reasoning-gym, with any settings of it: name:key=value,key=value"),
          "gym_level": (0, "level of the training problems"), "gym_test_level": (1, "level of the test problems")}
 DEFAULTS = dict(test_size=128)
-SECONDS, BYTES = 5, 2 * 2**30  # of time and address space, to grade one answer
+GRADE_SECONDS, GRADE_BYTES = 5, 2 * 2**30  # of time and address space, for each answer
+MAKE_SECONDS = 30  # until a new problem is there; else there are no more
 WORKER = []  # the process that made the problems, and grades
 
 PROMPTS = """
 [system]
-Solve the problem you are given. Reason step by step, then write the final answer between <answer> and </answer>, in the form
-that the problem asks for and with nothing else between them.
+Solve the problem you are given. Reason step by step, then write the final answer between <answer> and </answer>, in the
+form that the problem asks for and with nothing else between them.
 
 Before you begin, read the following principles carefully, and use those that apply:
 {principles}
@@ -55,8 +56,8 @@ def problems(config) -> tuple[list[dict], list[dict]]:
 
 
 def reward(record: dict, response: str) -> tuple[float, str]:
-    """The data set's own score, 0 to 1, of what stands in the last <answer></answer>, and the outcome: correct (1), wrong
-    (up to 0.1, which many graders give for any answer), else partly right; no_answer; or timeout, if grading it was."""
+    """The data set's own score, 0 to 1, of what the last <answer></answer> holds, and the outcome: correct (1), wrong
+    (up to 0.1, which graders give for mere answers), partly right; no_answer; timeout, when grading took too long."""
     [worker] = WORKER
     worker.stdin.write(json.dumps([record["part"], record["problem"], response]) + "\n")
     worker.stdin.flush()
@@ -71,14 +72,15 @@ def read_spec(spec: str) -> tuple[str, dict]:
     """Name and settings in "name:key=value,key=value". Raises ValueError with what is wrong."""
     from reasoning_gym.factory import DATASETS
     name, _, rest = spec.partition(":")
-    if name not in DATASETS or name == "composite":  # that one mixes others, as a YAML file says
-        close = difflib.get_close_matches(name, DATASETS, 3, 0.5) or sorted(DATASETS)
+    known = sorted({*DATASETS} - {"composite"})  # that one mixes others, which are objects
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3, 0.5) or known
         raise ValueError(f"--gym {name}: reasoning-gym has no such data set; it has {', '.join(close)}")
     defaults, settings = vars(DATASETS[name][1]()), {}
     for key, _, value in (pair.partition("=") for pair in re.split(r",(?=\w+=)", rest) if rest):
         if key not in defaults or key in ("seed", "size"):
-            known = ", ".join(key for key in defaults if key not in ("seed", "size"))
-            raise ValueError(f"--gym {name}: {key!r} is no setting; these are: {known}")
+            known = sorted({*defaults} - {"seed", "size"})
+            raise ValueError(f"--gym {name}: {key!r} is no setting of it; it has {', '.join(known)}")
         with contextlib.suppress(ValueError, SyntaxError):  # a text needs no quotes
             value = ast.literal_eval(value)
         kind = type(defaults[key])
@@ -101,19 +103,27 @@ def level_config(name: str, level: int, settings: dict):
 
 
 def draw(name: str, level: int, settings: dict, n: int, taken=()) -> tuple:
-    """The data set, and up to n {question: entry} that are not taken. Raises what the generator raises if none is left."""
+    """The data set, and up to n {question: entry} that are not taken. Raises what the generator raises if none is."""
     from reasoning_gym.factory import DATASETS
-    data_set = DATASETS[name][0](level_config(name, level, settings | {"size": 4 * n}))
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit())  # no Exception: generators pass over those
     found, error = {}, ValueError(f"--gym {name}: all its problems are test problems; lower --test-size")
-    for i in range(4 * n):
-        try:
-            entry = data_set[i]
-            if (question := entry["question"].strip()) not in taken:
-                found.setdefault(question, entry)
-        except Exception as e:  # of this one
-            error = e
-        if len(found) == n:
-            break
+    try:
+        signal.alarm(MAKE_SECONDS)
+        data_set = DATASETS[name][0](level_config(name, level, settings | {"size": 4 * n}))
+        for i in range(4 * n):
+            try:
+                entry = data_set[i]
+            except Exception as e:  # of this one
+                error = e
+                continue
+            if (question := entry["question"].strip()) not in taken and question not in found:
+                found[question] = entry
+                signal.alarm(MAKE_SECONDS)
+            if len(found) == n:
+                break
+    except SystemExit:
+        error = TimeoutError(f"--gym {name}: no problem of level {level} in {MAKE_SECONDS} s")
+    signal.alarm(0)
     if not found:
         raise error
     return data_set, found
@@ -122,17 +132,16 @@ def draw(name: str, level: int, settings: dict, n: int, taken=()) -> tuple:
 def make(spec: str, seed: int, level: int, test_level: int, train_size: int, test_size: int) -> tuple[dict, str]:
     """{"train": …, "test": …} as of `draw`, and "" or the reason why the test problems are not harder."""
     name, settings = read_spec(spec)
-    if min(level, test_level) < 0:
-        raise ValueError("--gym-level and --gym-test-level are at least 0")
     note, of_test = "", settings | {"seed": seed + 2**20}
     try:
         test = draw(name, test_level, of_test, test_size)
-        if level_config(name, level, of_test) == level_config(name, test_level, of_test):
-            note = "that is its highest level"
-    except Exception as e:  # in some data sets some levels do not work; if it is not that, the next line fails as well
-        test, note = draw(name, level, of_test, test_size), f"level {test_level} fails: {e or type(e).__name__}"
+        if level_config(name, level, of_test) == level_config(name, test_level, of_test) and level < test_level:
+            note = f"is the same as level {level}"
+    except Exception as e:  # some levels of some data sets do not work; if it is not that, the next line fails, too
+        test, note = draw(name, level, of_test, test_size), f"fails ({e or type(e).__name__})"
     train = draw(name, level, settings | {"seed": seed}, train_size, test[1])
-    return {"train": train, "test": test}, note and f"{name}: test problems are as hard as training problems; {note}"
+    note = note and f"level {test_level} of {name} {note}: test problems are as hard as training problems"
+    return {"train": train, "test": test}, note
 
 
 def no_access(event: str, args: tuple) -> None:
@@ -149,9 +158,9 @@ def graded(data_set, entry: dict, response: str) -> tuple[float, str]:
     if not (child := os.fork()):
         try:
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-            signal.alarm(SECONDS)
+            signal.alarm(GRADE_SECONDS)
             with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit
-                resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+                resource.setrlimit(resource.RLIMIT_AS, (GRADE_BYTES, GRADE_BYTES))
             sys.addaudithook(no_access)
             answer = extract_answer(response)
             os.write(theirs, b"none" if answer is None else str(float(data_set.score_answer(answer, entry))).encode())
@@ -168,7 +177,7 @@ def graded(data_set, entry: dict, response: str) -> tuple[float, str]:
 
 
 def serve(wanted: list) -> None:
-    """Prints the problems, or an error, as a line; then, for every line [part, question, response], what it is worth."""
+    """Prints the problems, or an error, as a line; then, for every line [part, question, response], the reward."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing a library prints may look like a reply
     say = lambda x: print(json.dumps(x), file=out, flush=True)
@@ -180,6 +189,7 @@ def serve(wanted: list) -> None:
         return say({"error": f"{e}: pip install reasoning-gym"})
     except Exception as e:
         return say({"error": f"{e or type(e).__name__}"})
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends whatever a grader is doing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program ends, and this with it
     say({"note": note} | {part: [
         {"problem": question, "answer": str(entry["answer"] or "any that fits"), "part": part}
