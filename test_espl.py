@@ -1676,6 +1676,177 @@ def test_a_record_of_the_search_data_set():
     assert espl.to_problem(record, "w") == espl.Problem("w", "who?", ("x", "y"))
 
 
+STAND_IN = {  # as much of the package reasoning-gym as tasks/gym.py uses, with data sets that misbehave
+    "__init__.py": "", "coaching/__init__.py": "", "utils.py": r'''
+import re
+
+def extract_answer(text):
+    found = re.findall("<answer>(.*?)</answer>", text, re.S)
+    return found[-1].strip() if found else None
+''', "coaching/base_curriculum.py": '''
+from types import SimpleNamespace
+
+RangeAttributeMode = SimpleNamespace(UPPER_BOUND="alone", INCLUSIVE="all")
+
+class DefaultCurriculumContext:
+    def __init__(self, mode):
+        self.mode = mode
+''', "factory.py": '''
+import random
+from dataclasses import dataclass
+
+@dataclass
+class Config:
+    digits: int = 9
+    scale: float = 1.0
+    words: tuple = ()
+    seed: int | None = None
+    size: int = 500
+
+class Sums:
+    def __init__(self, config):
+        assert config.digits < 8, "too many digits"
+        self.config = config
+
+    def __getitem__(self, i):
+        assert i < self.config.size
+        rng = random.Random(self.config.seed + i)
+        if rng.random() < 0.1 * self.config.digits:
+            raise RuntimeError("this one fails")
+        a, b = (rng.randrange(10 ** self.config.digits) for _ in "ab")
+        return {"question": f" {a} + {b}? ", "answer": str(a + b)}
+
+    def score_answer(self, answer, entry):
+        print("a library may print")
+        return 1.0 if answer == entry["answer"] else float(eval(answer))
+
+class Hashes(Sums):
+    def __getitem__(self, i):
+        return {"question": f"{i} {hash('x')}", "answer": None}
+
+class Hangs(Sums):
+    def __getitem__(self, i):
+        while i > 3 or self.config.digits == 2:
+            try:
+                while True:
+                    pass
+            except Exception:
+                pass
+        return Sums.__getitem__(self, i)
+
+class Curriculum:
+    def set_global_level(self, level):
+        if level < 0:
+            raise ValueError(f"Invalid level: {level}")
+        self.digits = [1, 2, 3, 9][min(level, 3)]
+
+    def generate_configuration(self, context):
+        return Config(digits=self.digits) if context.mode == "alone" else None
+
+DATASETS = {"sums": (Sums, Config), "flat": (Sums, Config), "hashes": (Hashes, Config), "hangs": (Hangs, Config),
+            "composite": (Sums, Config)}
+CURRICULA = {"sums": Curriculum, "hashes": Curriculum, "hangs": Curriculum}
+'''}
+
+
+@pytest.fixture
+def gym(tmp_path, monkeypatch):
+    """gym(flags): the task with a stand-in for the package, and with limits of one second."""
+    for name, text in STAND_IN.items():
+        path = tmp_path / "site" / "reasoning_gym" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    source = (ROOT / "tasks/gym.py").read_text()
+    (tmp_path / "gym.py").write_text(re.sub(r"(GRADE_SECONDS, .* =|MAKE_SECONDS =) \d+", r"\1 1", source))
+    return lambda *argv: espl.load_task(espl.parse_args(["--task", str(tmp_path / "gym.py"), *argv]))
+
+
+def test_gym_problems(gym, capfd):
+    """Their number is as asked for, their difficulty their level's, and train and test have no problem in common."""
+    argv = ["--train-size", "40", "--test-size", "20", "--gym"]
+    tasks = [gym(*argv, "sums", "--seed", str(seed)) for seed in (3, 3, 4)]
+    for task in tasks:
+        assert [len(x) for x in (task.train, task.val, task.test)] == [32, 8, 20] and task.name == "gym"
+        for problems, digits in ((task.train + task.val, 1), (task.test, 2)):
+            pairs = [re.fullmatch(r"(\d+) \+ (\d+)\?", x.question) for x in problems]
+            assert all(int(m[1]) + int(m[2]) == int(x.answer) for m, x in zip(pairs, problems))
+            assert max(len(number) for m in pairs for number in m.groups()) == digits
+    assert tasks[0].train == tasks[1].train != tasks[2].train and tasks[0].test == tasks[1].test != tasks[2].test
+    assert "<answer>" in tasks[0].texts["system"] and not capfd.readouterr().err
+    same = gym(*argv, "sums:digits=1", "--test-size", "60")  # of 100 problems: what is tested is not trained on
+    assert not {x.question for x in same.train + same.val} & {x.question for x in same.test}
+    assert len(same.test) == 60 and len(same.train + same.val) > 20
+    [a, b] = [gym(*argv, "hashes") for _ in range(2)]
+    assert a.train == b.train and a.test[0].answer == "any that fits"
+
+
+@pytest.mark.parametrize("argv, note", [
+    (["flat:digits=2"], "level 1 of flat is the same as level 0"), (["sums:digits=2"], "level 1 .* as level 0"),
+    (["sums", "--gym-test-level", "3"], r"level 3 of sums fails \(too many digits\)"),
+    (["hangs"], "level 1 of hangs fails .*no problem of level 1 in 1 s")])
+def test_gym_says_when_the_test_is_not_harder(gym, capfd, argv, note):
+    task = gym("--train-size", "4", "--test-size", "3", "--gym", *argv)
+    assert task.train and task.test
+    assert re.fullmatch(f"espl: note: {note}.*: test problems are as hard as training.*\n", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["sms"], "--gym sms: reasoning-gym has no such data set; it has sums"),
+    (["composite"], "no such data set; it has flat, hangs, hashes, sums"),
+    (["sums:size=3"], "'size' is no setting of it; it has digits, scale, words"),
+    (["sums:digits"], "digits= must be of type int, as 9 is"), (["sums:digits=2.5"], "digits=2.5 must be of type int"),
+    (["sums:words=[1,2],digits=1"], r"words=\[1, 2\] must be of type tuple"), (["sums:digits=8"], "too many digits"),
+    (["sums:scale=2,digits=0", "--test-size", "1"], "lower --test-size"),  # 0 + 0 is all there is
+    (["sums", "--gym-level", "-1"], "Invalid level: -1")])
+def test_gym_errors_are_one_line(gym, tmp_path, capfd, argv, message):
+    assert espl.main(["--task", str(tmp_path / "gym.py"), "--gym", *argv]) == 2
+    assert re.fullmatch(f"espl: error: .*{message}.*\n", capfd.readouterr().err)
+
+
+def test_gym_without_its_package(gym, tmp_path, capfd):
+    (tmp_path / "site/reasoning_gym/__init__.py").write_text("raise ImportError('No module named x')")
+    assert espl.main(["--task", str(tmp_path / "gym.py")]) == 2
+    assert re.fullmatch("espl: error: .*No module named x: pip install reasoning-gym.*\n", capfd.readouterr().err)
+
+
+def test_gym_reward(gym, tmp_path, capfd):
+    """Nothing that a model says ends the run, gets more than 1, changes a file or another answer's reward."""
+    task = gym("--train-size", "4", "--test-size", "3", "--gym", "sums")
+    x, file = task.test[0], tmp_path / "file"
+    file.write_text("kept")
+    said = {f"<answer>1</answer> or <answer> {x.answer}\n</answer>": (1, "correct"), "0.5": (0.5, "partly right"),
+            "": (0, "no_answer"), "<answer>": (0, "no_answer"), "0.01": (0.01, "wrong"), "0": (0, "wrong"),
+            "-3": (0, "wrong"), "7": (1, "correct"), "float('nan')": (0, "wrong"), "two": (0, "wrong"),
+            "\ud800": (0, "wrong"), "exit()": (0, "wrong"), "__import__('os')._exit(1)": (0, "wrong"),
+            "9**9**9**9": (0, "timeout"),
+            "bytes(10**11)": (0, "wrong"), "input()": (0, "wrong"), "(" * 10_000: (0, "wrong"),
+            f"open({str(file)!r}, 'w').write('x')": (0, "wrong"),
+            f"__import__('os').remove({str(file)!r})": (0, "wrong"),
+            "__import__('os').system('echo x')": (0, "wrong"), "open('/dev/null').read() or 0.5": (0.5, "partly right")}
+    texts = [text if "answer" in text or not text else f"so <answer>{text}</answer>" for text in said]
+    assert dict(zip(said, espl.grade(task, [(x, text) for text in texts]))) == said
+    assert espl.grade(task, [(x, texts[0])]) == [(1.0, "correct")] and file.read_text() == "kept"
+    assert "espl" not in capfd.readouterr().err
+
+
+def test_gym_with_its_package():
+    pytest.importorskip("reasoning_gym", reason="pip install reasoning-gym")
+    make = lambda spec: espl.load_task(espl.parse_args(["--task", "gym", "--train-size", "5", "--test-size", "4",
+                                                        "--gym", spec]))
+    task = make("chain_sum:max_digits=2")
+    for problems, size in ((task.train, 2), (task.test, 3)):  # levels 0 and 1: that many terms
+        sums = [re.search(r"problem: (.*) =", x.question)[1].split() for x in problems]
+        assert [len(s) // 2 + 1 for s in sums] == [size] * 4
+        assert [str(eval(" ".join(s))) for s in sums] == [x.answer for x in problems]
+    x = task.test[0]
+    assert espl.grade(task, [(x, f"<answer>{a}</answer>") for a in (x.answer, "x")]) == [(1, "correct"), (0, "wrong")]
+    task = make("spiral_matrix")  # its grader calls eval
+    assert espl.grade(task, [(task.test[0], "<answer>exit()</answer>")]) == [(0, "wrong")]
+    with pytest.raises(espl.UserError, match="it has chain_sum"):
+        make("chain_sums")
+
+
 @pytest.mark.parametrize("rewards, outcomes, contrast, grades", [
     ([1.0, 0.0], ["correct", "no_answer"], True, ["correct", "no_answer"]),
     ([1.0, 1.0], ["correct"] * 2, False, ["correct"] * 2),
