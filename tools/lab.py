@@ -163,7 +163,8 @@ def compare_tables(section: dict) -> str:
                     for name, c in rows.items() if name not in (MODES["espl"], PERFECT)])
     reached = [next((e["iteration"] for e in ours[1:] if e["test"] >= theirs[-1]["test"]), "never")
                for ours, theirs in zip(curves["espl"], curves["rl"])]
-    gains = f"\n\n{gains_tables(section)}" * ("table" in curves["espl"][0][-1])
+    tabled = all("table" in c[-1] for mode in MODES for c in curves[mode])
+    gains = f"\n\n{gains_tables(section)}" * tabled
     return (f"{scores}\n\n{paired}{gains}\n\nE-SPL first reached rl's final score, that of iteration "
             f"{curves['rl'][0][-1]['iteration']}, at iteration {', '.join(map(str, reached))} (seeds "
             f"{', '.join(map(str, section['seeds']))}; its first evaluation in training was at iteration "
