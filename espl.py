@@ -2404,7 +2404,8 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
     """Orbax checkpoints in <run>/<name>."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # hundreds of lines about what it also raises
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # hundreds of lines about what orbax also raises
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     return ocp.CheckpointManager((run.directory / name).absolute(), options=options)
 
@@ -2414,6 +2415,8 @@ def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints", keep: i
     loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations,
             "reflector_tokens": run.reflector_tokens}
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
+    for part in (run.directory / name).glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)  # of a save that failed: threads of orbax wrote on for a while
     try:
         with checkpoint_manager(run, name, keep) as manager:  # a new one knows of no save that failed
             for step in manager.all_steps():  # of a run that was killed and resumed before them
@@ -2424,8 +2427,6 @@ def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints", keep: i
                 weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(whole)))
             manager.wait_until_finished()
     except Exception as e:  # a full disk: the run goes on, and the next checkpoint may succeed
-        for part in (run.directory / name).glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)  # else it fills the disk for good
         warn(f"could not save a checkpoint in {run.directory / name}: {first_line(e)[:300]}; it takes up to "
              f"{sum(x.nbytes for x in jax.tree.leaves(weights)):,} bytes, the last one is kept")
 
