@@ -2650,7 +2650,7 @@ def parse_args(argv: list[str]) -> Config:
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
-        stop(f"unknown {unknown[0]}" + f", did you mean {near[0]}?" * bool(near))
+        stop(f"unknown {unknown[0]}" + "".join(f", did you mean {name}?" for name in near))
     given = vars(given)
     if given.get("rating") == "last" and not saved:
         defaults["ucb_lambda"] = 0.0

@@ -2894,12 +2894,11 @@ def test_interrupted_from_outside(world, tmp_path, ctrl_c):
 
 def test_killed_and_terminated_from_outside(world, run_of, tmp_path):
     """SIGKILL as iteration 1 begins; SIGTERM to what goes on, where SIGINT is ignored, as of `nohup … &`."""
-    whole, begin = run_of("rl"), [sys.executable, "-u", espl.__file__]
-    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    whole = run_of("rl")
+    begin = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-u", espl.__file__]
     for argv, seen, signals, code in ((flags(world, tmp_path / "run", mode="rl"), "   0 |", ["KILL"], -9),
                                       (["--resume", str(tmp_path / "run")], "writing", ["INT", "TERM"], 143)):
-        process = subprocess.Popen([*begin, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   preexec_fn=ignore)
+        process = subprocess.Popen([*begin, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert any(line.startswith(seen) for line in process.stdout)
         for name in signals:
             process.send_signal(getattr(signal, f"SIG{name}"))
