@@ -2435,7 +2435,8 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
     """Orbax checkpoints in <run>/<name>."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # hundreds of lines about what it also raises
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # hundreds of lines about what orbax also raises
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     return ocp.CheckpointManager((run.directory / name).absolute(), options=options)
 
@@ -2445,6 +2446,8 @@ def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints", keep: i
     loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations,
             "reflector_tokens": run.reflector_tokens}
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
+    for part in (run.directory / name).glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)  # of a save that failed: threads of orbax wrote on for a while
     try:
         with checkpoint_manager(run, name, keep) as manager:  # a new one knows of no save that failed
             for step in manager.all_steps():  # of a run that was killed and resumed before them
@@ -2455,8 +2458,6 @@ def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints", keep: i
                 weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(whole)))
             manager.wait_until_finished()
     except Exception as e:  # a full disk: the run goes on, and the next checkpoint may succeed
-        for part in (run.directory / name).glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)  # else it fills the disk for good
         warn(f"could not save a checkpoint in {run.directory / name}: {first_line(e)[:300]}; it takes up to "
              f"{sum(x.nbytes for x in jax.tree.leaves(weights)):,} bytes, the last one is kept")
 
@@ -2682,7 +2683,7 @@ def parse_args(argv: list[str]) -> Config:
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
-        stop(f"unknown {unknown[0]}" + f", did you mean {near[0]}?" * bool(near))
+        stop(f"unknown {unknown[0]}" + "".join(f", did you mean {name}?" for name in near))
     given = vars(given)
     if given.get("rating") == "last" and not saved:
         defaults["ucb_lambda"] = 0.0
