@@ -4383,7 +4383,7 @@ def test_tree_picture(report, tmp_path, monkeypatch, capsys):
         kind = "mutation" if len(parents) == 1 else "crossover"
         prompts.append(espl.SystemPrompt(i, [str(i)], 20.0 + i / 2, 1.0, kind, parents.tolist(), i))
     monkeypatch.setattr(Axes, "text", lambda *args, **k: drawn.update({args[3]: (*args[1:3], k)}) or text(*args, **k))
-    tmp_path /= "$\\frac{"  # not to be read as TeX
+    tmp_path /= "$\\frac$"  # not to be read as TeX
     tmp_path.mkdir()
     write_run(tmp_path, prompts)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
@@ -4476,9 +4476,9 @@ def write_pages_run(directory, text="plain"):
     answers = [rollout(1, "train", 0, "a", 0.0, "length"), rollout(1, "train", 0, text, 1.0),
                *(rollout(2, "train", 1, "a", r) for r in (0.0, 0.0, 0.0, 1.0)), rollout(2, "test", 2, "t", 0.0)]
     operations = [dict(operation="add", principle=one), dict(operation=text, principle=text + " not taken")]
-    replies = [dict(iteration=1, request="critique", prompt="p", reply=f"<think>{text}</think>{json.dumps(operations)}"),
-               dict(iteration=1, request="summarize", prompt="p", reply="a summary"),
-               dict(iteration=1, traceback=text), dict(iteration=2, request="critique", prompt="p", reply="said " + text)]
+    said = lambda i, request, reply: dict(iteration=i, request=request, prompt="p", reply=reply)
+    replies = [said(1, "critique", f"<think>{text}</think>{json.dumps(operations)}"), said(1, "summarize", "a summary"),
+               dict(iteration=1, traceback=text), said(2, "critique", "said " + text)]
     directory.mkdir(exist_ok=True)
     record = lambda rows: "".join(json.dumps(r) + "\n" for r in rows)
     write_run(directory, prompts, **{
@@ -4576,8 +4576,8 @@ def test_report_of_a_run_that_lacks_files(report, tmp_path, without):
     assert report.main([str(tmp_path)]) == 0
     page = Page(tmp_path / "report.html")
     assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == [
-        "curves", "evolutionary-tree", "lineage-of-the-best-prompt", "prompts", "problems-and-prompts", "sample-rollouts",
-        "reflections", "seconds-by-phase", "configuration"]
+        "curves", "evolutionary-tree", "lineage-of-the-best-prompt", "prompts", "problems-and-prompts",
+        "sample-rollouts", "reflections", "seconds-by-phase", "configuration"]
     assert (tmp_path / "tree.png").is_file() == ("rollouts.jsonl" in without and len(without) == 2)
     noted = [data for tag, data in page.texts if tag == "p" and data.startswith(f"{tmp_path.name}: ")]
     assert bool(noted) == (without != {"rollouts.jsonl", "reflections.jsonl"})

@@ -194,9 +194,10 @@ def read_record(directory: Path) -> Record:
                 if not all(s.id == i and all(0 <= p < i for p in s.parents) for i, s in enumerate(population)):
                     population = []
                     raise ValueError("parents come before children")
-            else:
-                found["task"], found["mode"]  # a model's config.json has neither
+            elif {"task", "mode"} <= found.keys():
                 config = found
+            else:
+                raise ValueError("a model's, not a run's")
         except Exception as e:
             notes.append(f"there is no {name}" if isinstance(e, OSError) else f"{name}: {espl.first_line(e)}")
     metrics = list(lines_of(directory / "metrics.jsonl"))
