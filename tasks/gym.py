@@ -30,8 +30,9 @@ WORKER = []  # the process that made the problems, and grades
 
 PROMPTS = """
 [system]
-Solve the problem you are given. Reason step by step, then write the final answer between <answer> and </answer>, in the
-form that the problem asks for and with nothing else between them.
+Solve the problem you are given. Reason step by step, then end with the final answer and nothing else, in the form that
+the problem asks for, between these tags:
+<answer>the final answer</answer>
 
 Before you begin, read the following principles carefully, and use those that apply:
 {principles}
