@@ -2532,13 +2532,13 @@ def write_logs(run: Run, m: dict) -> None:
     m |= {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}
     run.append("metrics.jsonl", [m])
     try:
-        if run.tracker:
-            run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
         slow = "test" in m and sum(run.seconds.values()) > 10
         if REPORT.is_file() and (slow or m["iteration"] == last_iteration(run)):
             runpy.run_path(str(REPORT))["draw"](run.directory)
+        if run.tracker:
+            run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
     except Exception as e:
         warn(f"could not write population.json or a picture, or --track: {first_line(e)}")
 
