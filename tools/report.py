@@ -469,7 +469,7 @@ def descent(run: Record) -> Iterator[Html]:
         steps.append(tag("div", tag("h3", heading), changes(parent.principles, s.principles), cls="card"))
     if len(steps) > 8:
         yield fold(f"The first {len(steps) - 8} of {len(steps)} steps", *steps[:-8])
-    yield from steps[-8:] or [tag("p", "The best prompt is the root.")]
+    yield from steps[-8:] or [tag("p", "The best prompt is the root." if run.tested else "There is no prompt yet.")]
 
 
 def prompts(run: Record) -> Iterator[Html]:
