@@ -60,7 +60,7 @@ import traceback
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial, reduce
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -245,7 +245,8 @@ def espl_iteration(run: Run, iteration: int) -> dict:
         k = argmax(values_M, rng)                                                       # line 12
         with timed(run, "reflect"):
             reflect = partial(ask, run, iteration, Counter())                           # lines 13-21
-            return breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng), iteration)
+            return breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng, run.chat.control,
+                                         run.task.texts), iteration)
 
     learning, evolution = side_by_side(run, learn, evolve) if external(c) else (learn(), evolve())
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
@@ -438,6 +439,8 @@ class Tournament:
     parse: Callable[[str], list[dict] | None]          # operations in a reply; None: unreadable
     config: Config
     rng: np.random.Generator | None = None             # the iteration's own
+    control: re.Pattern | None = None                  # could leave its turn when tokenised (None: CONTROL)
+    texts: dict[str, str] = field(default_factory=dict)  # the task's; no principle may repeat what a request says
     unread: int = 0                                    # replies that could not be read, even when asked again
     dropped: Counter = field(default_factory=Counter)  # operations, by what was wrong with them
 
@@ -470,7 +473,7 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         for g in groups])
     proposals = []
     for ops in critiques:
-        good = [op for op in ops or [] if valid(op, ("add", "modify"), current, problems, c, r.dropped)]
+        good = [op for op in ops or [] if valid(op, ("add", "modify"), current, problems, r)]
         r.dropped.update({"beyond K_ops": max(0, len(good) - c.max_operations)})
         proposals += good[: c.max_operations]
     if not proposals:
@@ -481,7 +484,7 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
     [plan] = r.operations("aggregate", [slots])
     if plan is None:
         raise NoChild("the revision plan did not parse; raise --reflect-tokens or give --no-thinking")
-    return apply_operations(candidates, plan, ("modify", "merge"), problems, c, r.dropped), [parent]
+    return apply_operations(candidates, plan, ("modify", "merge"), problems, r), [parent]
 
 
 def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
@@ -500,9 +503,8 @@ def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         crossover_slots(sets, [(letters[i], b, problems[b]) for i in wins for b in wins[i]])])
     if ops is None:
         raise NoChild("the reply did not parse")
-    principles = apply_operations(numbered(prompts[r.best].principles, "A."), ops, ("add", "modify", "remove"),
-                                  problems, r.config, r.dropped)
-    return principles, [prompts[i] for i in wins]
+    set_a, kinds = numbered(prompts[r.best].principles, "A."), ("add", "modify", "remove")
+    return apply_operations(set_a, ops, kinds, problems, r), [prompts[i] for i in wins]
 
 
 OPERATORS = {  # name: (operator, its chance in an iteration); add one here, nothing else needs to know
@@ -550,7 +552,7 @@ def crossover_slots(sets: dict[str, list[str]], wins: list[tuple[str, int, Probl
 
 SOURCES = {"add": lambda op: [], "modify": lambda op: [op.get("modified_from")],
            "remove": lambda op: [op.get("remove_id")], "merge": lambda op: op.get("merged_from")}
-CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # could leave its turn when tokenised
+CONTROL = re.compile(r"<[|｜].{0,64}?[|｜]>|</?think>|<(?:start|end)_of_\w+>|</?s>|<[be]os>|\[/?INST\]|<</?SYS>>")
 STRING = r'"(?:[^"\\]|\\.)*+"'  # of JSON; possessive, so that hostile replies take linear time
 OBJECT = re.compile(r'\{(?:[^{}"]|' + STRING + r")*+\}", re.S)  # one without another object in it
 ESCAPE = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq); group 1: a backslash to be doubled
@@ -595,9 +597,17 @@ def leaks(principle: str, problems: list[Problem]) -> bool:
     return any(quoted(words(x.question)) or any(told("".join(a.split())) for a in x.answers) for x in problems)
 
 
-def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Config, dropped: Counter) -> bool:
+def copied(principle: str, texts: dict[str, str]) -> bool:
+    """True if a principle is a sentence or an example of the requests among these texts, but for one word in four."""
+    words = lambda text: Counter(re.findall(r"\w+", text.lower()))
+    said, asked = words(principle), " ".join(t for name, t in texts.items() if name not in ("system", "principles"))
+    return any(4 * (said & sentence).total() >= 3 * max(said.total(), sentence.total()) > 9
+               for sentence in map(words, re.split(r'"|[.?!:]\s| - ', " ".join(asked.split()))))
+
+
+def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], r: Tournament) -> bool:
     """Whether an operation may be applied to principles with these ids; if not, it is dropped alone, and counted."""
-    fields = op if isinstance(op, dict) else {}
+    c, fields = r.config, op if isinstance(op, dict) else {}
     kind = fields.get("operation")
     named = SOURCES[kind](fields) if kind in kinds else []
     text = "-" if kind == "remove" else fields.get("principle")  # what is removed needs no text
@@ -606,25 +616,26 @@ def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Conf
         "unknown id": lambda: not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named),
         "merge of fewer than two": lambda: kind == "merge" and len(set(named)) < 2,
         "no text": lambda: not isinstance(text, str) or not text.strip() or not " ".join(text.split()).isprintable(),
-        "control token": lambda: CONTROL.search(text),
+        "control token": lambda: (r.control or CONTROL).search(text),
         "too long": lambda: len(text.split()) > c.max_principle_words or len(text) > 12 * c.max_principle_words,
+        "copies the request": lambda: copied(text, r.texts),
         "leaks a problem": lambda: not c.allow_leaks and leaks(text, problems)}
     why = next((name for name, found in faults.items() if found()), None)
-    dropped.update([why] if why else [])
+    r.dropped.update([why] if why else [])
     return not why
 
 
-def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problems, c: Config, dropped: Counter):
+def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problems, r: Tournament) -> list[str]:
     """git.apply(s, diff): the principles after the valid operations, in order, as a list (renumbered G0, G1, …)."""
     result = dict(principles)
     for n, op in enumerate(ops):
-        if valid(op, kinds, result, problems, c, dropped):  # ids as earlier operations left them
+        if valid(op, kinds, result, problems, r):  # ids as earlier operations left them
             text = "" if op["operation"] == "remove" else " ".join(op["principle"].split())
             first, *rest = dict.fromkeys(SOURCES[op["operation"]](op) or [n])  # n: an id that no operation can name
             result = {i: t for i, t in (result | {first: text}).items() if t and i not in rest}
     unique = list({text.casefold(): text for text in result.values()}.values())
-    kept = unique[: c.max_principles]
-    dropped.update({"duplicate": len(result) - len(unique), "too many principles": len(unique) - len(kept)})
+    kept = unique[: r.config.max_principles]
+    r.dropped.update({"duplicate": len(result) - len(unique), "too many principles": len(unique) - len(kept)})
     return kept
 
 # ======================================================================================================================
@@ -1751,13 +1762,13 @@ def load_task(c: Config) -> Task:
     own = task_file(c.task)
     with explained(f"task {c.task}: its texts, tools or problems fail"):
         texts = read_prompts(c.prompts_file or DEFAULT_PROMPTS, Path(c.task).stem, own.get("PROMPTS", ""))
-        tools = own["tools"](c) if "tools" in own else {}
+        tools = dict(own["tools"](c)) if "tools" in own else {}
         given = c.test_file and (c.train_file or c.eval_only)
-        made = own["problems"](c) if "problems" in own and not given else ([], [])
+        train, test = map(list, own["problems"](c) if "problems" in own and not given else ([], []))
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
     rng, parts, seen = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), [], set()
-    sources = [(c.test_file, made[1], "--test-file"), (c.train_file, made[0], "--train-file")]
+    sources = [(c.test_file, test, "--test-file"), (c.train_file, train, "--train-file")]
     for file, records, flag_name in sources[: 1 if c.eval_only else 2]:
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
         new = {x.question: x for x in reversed(found) if x.question not in seen}  # of duplicates the first
@@ -1775,14 +1786,15 @@ def load_task(c: Config) -> Task:
 
 
 def to_problem(record: Any, where: str) -> Problem:
-    """A Problem from one record of a data set or JSONL file."""
+    """A Problem from one record of a data set or JSONL file. Neither true nor NaN is an answer."""
     fields = record if isinstance(record, dict) else {}
     question = fields.get("problem") or fields.get("question")
     answers = next((fields[k] for k in ("answer", "groundtruth", "golden_answers") if fields.get(k) is not None), None)
     answers = answers if isinstance(answers, list) else [answers]
     answers = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # 142.0 in the AMC set
-    answers = tuple(str(a).strip() for a in answers if isinstance(a, (str, int, float)) and str(a).strip())
-    if not isinstance(question, str) or not question.strip() or not answers:
+    answers = tuple(str(a).strip() for a in answers if type(a) in (str, int, float) and a == a and str(a).strip())
+    half = re.search("[\ud800-\udfff]", f"{question}{''.join(answers)}")  # of a pair, which no tokenizer takes
+    if not isinstance(question, str) or not question.strip() or not answers or half:
         raise UserError(f"{where}: needs an object with a text problem|question and answer|groundtruth|golden_answers")
     return Problem(where, question.strip(), answers, record)
 
@@ -1853,6 +1865,13 @@ class Chat:
     role: str = "system"
     thinking: bool = True
 
+    @cached_property
+    def control(self) -> re.Pattern:
+        """CONTROL, and what this tokenizer takes for special tokens; of "<a" and "<a>" the longer one comes first."""
+        own = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        own |= {*self.tokenizer.all_special_tokens}
+        return re.compile("|".join([CONTROL.pattern, *map(re.escape, sorted(own - {""}, reverse=True))]))
+
     def render(self, conversations: list[list[dict]], must_say: str) -> str:
         """The first of these conversations that the template takes, and says in full; "" if there is none."""
         for messages in conversations if self.tokenizer.chat_template else ():
@@ -1878,9 +1897,8 @@ class Chat:
     def tool_turn(self, reply: str) -> list[int]:
         """Token ids of a tool's reply, which end the model's turn and begin its next: in the tool role of the template,
         or as a user's turn in tags where it has none; without a template only in tags."""
-        special = "|".join(map(re.escape, self.tokenizer.all_special_tokens)) or "$^"
         reply = reply.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-        reply = re.sub(special, " ", CONTROL.sub(" ", TAGS.sub(" ", reply)))  # no text of a tool may end its turn
+        reply = self.control.sub(" ", TAGS.sub(" ", reply))  # no text of a tool may end its turn
         tagged, mark = f"<tool_response>\n{reply}\n</tool_response>", "what the model said"
         before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
         turns = {"role": "tool", "content": reply}, {"role": "user", "content": tagged}
@@ -1922,7 +1940,7 @@ def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list
 def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
     """What a tool replies to the call <tool_call>{"name": …, "arguments": {…}}</tool_call> with which `text`, a turn of
     the model, ends; of a malformed call, why it is. Never raises."""
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)  # a thought may mention the tags
+    text = re.sub(r"<think>.*?(</think>|\Z)", lambda m: "" if m[1] else m[0], text, flags=re.S)  # may hold tags
     before, tag, call = text.partition("</tool_call>")[0].partition("<tool_call>")
     if not tag:
         return "Error: </tool_call> without <tool_call> before it."
@@ -1975,11 +1993,24 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def plain_integer(text: str) -> int | None:
-    """The integer that `text` plainly is (042, 1,000, $-7$.), else None."""
-    separator = r"(?:\\,|\{,\}|,(?:\\!)?)"  # of thousands, as LaTeX writers put it:  \,  {,}  ,  ,\!
-    match = re.fullmatch(rf"[\s$]*([+-]?(?:[0-9]+|[0-9]{{1,3}}(?:{separator}[0-9]{{3}})+))[\s$.]*", text)
-    return int(re.sub(separator, "", match[1])) if match and len(text) <= LONGEST_ANSWER else None
+PLAIN = {  # what math-verify misreads, and what is meant: 1\,000, a full stop, 0.1\overline{6} = (16 - 1) / 90
+    r"(?<![\w.])[0-9]{1,3}(?:(?:\\[ ,;:]|\{,\}|,\\!|[~\s])[0-9]{3})+(?!\d)": lambda m: re.sub("[^0-9]", "", m[0]),
+    r"(?<!\.)(?<!\\right)\.(?=[\s$]*\Z)": "", r"\\varnothing": r"\\emptyset", "°": r"^\\circ", r"\\sqrt\{-1\}": "i",
+    r"(?<!\d)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}": lambda m: "\\frac{%s-%s}{%s%s}" % (
+        m[1] + m[2] + m[3], m[1] + m[2] or 0, "9" * len(m[3]), "0" * len(m[2])),  # next, two answers: 467 = 468, and
+    r"(^|=)\s*([0-9]+)\s*=(?!\s*\2\s*\Z)(?=\s*[0-9]+\s*\Z)": r"\1\2, ",             # 468 \text{ (not 467)}
+    r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}0-9]{0,99}\b(?:not|or|but)\b[^{}0-9]{0,99}([0-9]++)[^{}]*\}": r", \1",
+    r"^[\s$]*[+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)[\s$.]*\Z":  # integers, 042 and 1,000 too, all in one form
+        lambda m: str(int(re.sub(r"[\s$.,]", "", m[0][:LONGEST_ANSWER])))}
+OR_ELSE = {  # second readings: 12.5 %, which is 0.125, as 12.5 (percent were asked for); 90 degrees, or 90, as pi/2
+    r"^[\s$]*([1-9][0-9,]*\.[0-9]+)\s*\\?%[\s$]*$": r"\1",
+    r"(?<![0-9.])([0-9.]++)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})": r"\\frac{\1\\pi}{180}"}
+
+
+def readings(text: str) -> list[str]:
+    """The one or two ways to read an answer, written so that math-verify reads them so."""
+    rewritten = lambda text, rules: reduce(lambda x, rule: re.sub(*rule, x), rules.items(), text).strip()
+    return list(dict.fromkeys([plain := rewritten(text, PLAIN), rewritten(plain, OR_ELSE)]))
 
 
 def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
@@ -1987,16 +2018,15 @@ def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
     \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify."""
     outcomes, asked = [], {}
     for problem, text in pairs:
-        answer = (last_boxed(text) or "").strip()
-        number, numbers = plain_integer(answer), [plain_integer(gold) for gold in problem.answers]
-        if not answer:
+        answers, golds = readings(last_boxed(text) or ""), sum(map(readings, problem.answers), [])
+        if not (answer := answers[0]):
             outcomes.append("no_answer")
-        elif answer in problem.answers or number is not None and number in numbers:
+        elif answer in golds:
             outcomes.append("correct")
-        elif len(answer) > LONGEST_ANSWER or number is not None and None not in numbers:  # or a derivation, an attack
-            outcomes.append("wrong")
+        elif len(answer) > LONGEST_ANSWER or all(re.fullmatch("-?[0-9]+", x) for x in (answer, *golds)):
+            outcomes.append("wrong")  # also a derivation, an attack
         else:
-            asked[len(outcomes)] = problem.answers, answer
+            asked[len(outcomes)] = golds, answers
             outcomes.append("error")  # unless math-verify, in a process of its own, has a verdict
     if asked:
         program = f"{MATH_VERIFY_SOURCE}\nmath_verify_process({GRADE_SECONDS}, {GRADE_BYTES})"
@@ -2022,13 +2052,13 @@ def math_verify_process(seconds: int, max_bytes: int) -> None:
     import contextlib, json, os, resource, signal, sys  # noqa: E401
     from math_verify import LatexExtractionConfig, parse, verify
 
-    def same(golds, answer):
+    def same(golds, answers):
         read = lambda x: parse(  # LaTeX only: the plain-text extractor would pick any number out of a sentence
             "\\boxed{" + x + "}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
-        parsed = read(answer)
-        return any(verify(read(gold), parsed, timeout_seconds=None, raise_on_error=True) for gold in golds)
+        flags = dict(allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
+        return any(verify(read(gold), read(answer), **flags) for gold in golds for answer in answers)
 
-    same(["[1,2)", "x^2-1"], "(x+1)(\\frac{x}{1}-1)")  # fills caches which the children inherit: three times as fast
+    same(["[1,2)", "x^2-1"], ["(x+1)(\\frac{x}{1}-1)"])  # fills caches which the children inherit: three times as fast
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in sys.stdin:
         if not (child := os.fork()):
@@ -2323,7 +2353,7 @@ def ask_server(run: Run, prompts: list[str], seed: int) -> list[str]:
 
 def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
     """Token ids of a filled-in request; while it is longer than `limit`, its longest slot loses its middle."""
-    slots = {name: CONTROL.sub(" ", text) for name, text in slots.items()}  # no rollout may end the request's turn
+    slots = {name: chat.control.sub(" ", text) for name, text in slots.items()}  # no rollout may end the request's turn
     while len(ids := chat.ids("", fill(template, slots))) > limit:
         name = max(slots, key=lambda n: len(slots[n]))
         keep, text, note = int(0.45 * len(slots[name]) * limit / len(ids)), slots[name], "\n[… cut …]\n"
@@ -2358,8 +2388,9 @@ def make_table(run: Run, iteration: int, s: SystemPrompt, scores: dict[str, list
     for w in ("before", "after")[: 1 + trained]:
         for p in (run.population[0], s)[: 1 + (s.id > 0)]:
             known = p is s and (w == "after") == trained
-            values = scores if known else score(run, p, run.task.test, f"test_{w}", iteration)
-            found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
+            if known or run.config.table:  # with --eval-only, --no-table is for the last cell alone
+                values = scores if known else score(run, p, run.task.test, f"test_{w}", iteration)
+                found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
     gains = {"prompt alone": ("before, best", "before, root"), "weights alone": ("after, root", "before, root"),
              "both": ("after, best", "before, root"), "interaction": ("both", "prompt alone", "weights alone")}
     for gain, (whole, *parts) in gains.items():
@@ -2507,13 +2538,13 @@ def write_logs(run: Run, m: dict) -> None:
     m |= {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}
     run.append("metrics.jsonl", [m])
     try:
-        if run.tracker:
-            run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
         slow = "test" in m and sum(run.seconds.values()) > 10
         if REPORT.is_file() and (slow or m["iteration"] == last_iteration(run)):
             runpy.run_path(str(REPORT))["draw"](run.directory)
+        if run.tracker:
+            run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
     except Exception as e:
         warn(f"could not write population.json or a picture, or --track: {first_line(e)}")
 
@@ -2578,7 +2609,9 @@ def summary(evaluations: list[dict]) -> dict[str, dict]:
 
 def table_text(table: dict[str, dict], prompt: int, measure: str) -> str:
     """One measure of `make_table`'s table, as on the screen."""
-    head = "root prompt".rjust(28) + f"prompt {prompt}".rjust(28) * ("before, best" in table[measure])
+    titles = {"root": "root prompt", "best": f"prompt {prompt}"}
+    prompts = dict.fromkeys(name.partition(", ")[2] for name in table[measure])
+    head = "".join(titles[p].rjust(28) for p in prompts if p)
     rows = {f"{measure} (95 % interval over problems)": head}
     for name, values in table[measure].items():
         weights, cell, _ = name.partition(", ")
