@@ -44,17 +44,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import inspect
 import itertools
 import json
-import logging
 import math
 import os
 import re
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -204,10 +201,7 @@ def train(run: Run) -> None:
     """Algorithm 1's loop, with evaluations (the first before training), logs and checkpoints."""
     c = run.config
     last = last_iteration(run)
-    if c.resume:
-        with checkpoint_manager(run, "checkpoints", keep=2) as manager:
-            run.finished = restore_checkpoint(run, manager)
-    try:
+    with resumed_and_saved(run):
         for iteration in range(run.finished + 1, last + 1):
             run.seconds.clear()
             run.tokens.clear()
@@ -216,13 +210,9 @@ def train(run: Run) -> None:
                 m |= evaluate(run, iteration, table=c.table and iteration == last)
             write_logs(run, m)
             print_line(run, m)
-            run.finished = iteration
-            stop_if_lost(run, m)
+            finish_iteration(run, m)
             if iteration % c.save_every == 0 or iteration == last:
                 save_checkpoint(run, iteration)
-    finally:  # stopped while the state was still that after an iteration: it is saved, whatever --save-every says
-        if run.finished >= 0 and not (run.directory / "checkpoints" / str(run.finished)).exists():
-            save_checkpoint(run, run.finished)
 
 
 def espl_iteration(run: Run, iteration: int) -> dict:
@@ -2435,6 +2425,7 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
     """Orbax checkpoints in <run>/<name>."""
+    import logging
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # hundreds of lines about what orbax also raises
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
@@ -2446,6 +2437,7 @@ def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints", keep: i
     loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations,
             "reflector_tokens": run.reflector_tokens}
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
+    import shutil
     for part in (run.directory / name).glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(part, ignore_errors=True)  # of a save that failed: threads of orbax wrote on for a while
     try:
@@ -2504,6 +2496,20 @@ def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
     return done
 
 
+@contextlib.contextmanager
+def resumed_and_saved(run: Run):
+    """The loop with its beginning, the latest checkpoint, and its end, however it comes: if the state is still that
+    after an iteration (the run was stopped while it sampled), it is saved, whatever --save-every says."""
+    if run.config.resume:
+        with checkpoint_manager(run, "checkpoints", keep=2) as manager:
+            run.finished = restore_checkpoint(run, manager)
+    try:
+        yield
+    finally:
+        if run.finished >= 0 and not (run.directory / "checkpoints" / str(run.finished)).exists():
+            save_checkpoint(run, run.finished)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file in one step: a reader, or a crash, sees the old or the new one."""
     part = path.with_name(path.name + ".part")
@@ -2557,11 +2563,11 @@ def not_finite(run: Run, iteration: int, learning: dict, samples: list[Sample]) 
     return {"not_finite": found}
 
 
-def stop_if_lost(run: Run, m: dict) -> None:
-    """Ends a run after five updates in a row that were left out (resumed, it has five more), or with such weights."""
+def finish_iteration(run: Run, m: dict) -> None:
+    """Ends a run with weights that are not finite, or after five updates in a row that were left out, and five more."""
     bad = m.get("not_finite", {"weights": 0, "updates": 0})
+    run.finished = -1 if bad["weights"] else m["iteration"]  # -1: no checkpoint of such weights
     if bad["weights"] or bad["updates"] and bad["updates"] % 5 == 0:
-        run.finished = -1 if bad["weights"] else run.finished  # no checkpoint of these
         raise UserError(f"{bad['weights']} weights, and the gradients of {bad['updates']} updates in a row, are nan or "
                         f"infinite (rollouts: {run.directory / 'not_finite.jsonl'}); lower --learning-rate in a new run"
                         f", or continue with: python espl.py --resume {run.directory}")
@@ -2682,6 +2688,7 @@ def parse_args(argv: list[str]) -> Config:
         groups[title(f)].add_argument(name, help=text.replace("%", "%%"), **how)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
+        import difflib
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
         stop(f"unknown {unknown[0]}" + "".join(f", did you mean {name}?" for name in near))
     given = vars(given)
