@@ -1997,11 +1997,11 @@ PLAIN = {  # what math-verify misreads, and what is meant: 1\,000, a full stop, 
     r"(?<![\w.])[0-9]{1,3}(?:(?:\\[ ,;:]|\{,\}|,\\!|[~\s])[0-9]{3})+(?!\d)": lambda m: re.sub("[^0-9]", "", m[0]),
     r"(?<!\.)(?<!\\right)\.(?=[\s$]*\Z)": "", r"\\varnothing": r"\\emptyset", "°": r"^\\circ", r"\\sqrt\{-1\}": "i",
     r"(?<!\d)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}": lambda m: "\\frac{%s-%s}{%s%s}" % (
-        m[1] + m[2] + m[3], m[1] + m[2] or 0, "9" * len(m[3]), "0" * len(m[2])),  # next, two answers: 467 = 468, and
-    r"(^|=)\s*([0-9]+)\s*=(?!\s*\2\s*\Z)(?=\s*[0-9]+\s*\Z)": r"\1\2, ",             # 468 \text{ (not 467)}
+        m[1] + m[2] + m[3], m[1] + m[2] or 0, "9" * len(m[3]), "0" * len(m[2])),  # next: two answers, as 467 = 468
+    r"(^|=)\s*([0-9]+)\s*=(?!\s*\2\s*\Z)(?=\s*[0-9]+\s*\Z)": r"\1\2, ",             # and 468 \text{ (not 467)}
     r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}0-9]{0,99}\b(?:not|or|but)\b[^{}0-9]{0,99}([0-9]++)[^{}]*\}": r", \1",
-    r"^[\s$]*[+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)[\s$.]*\Z":  # integers, 042 and 1,000 too, all in one form
-        lambda m: str(int(re.sub(r"[\s$.,]", "", m[0][:LONGEST_ANSWER])))}
+    r"^[\s$]*([+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+))[\s$.]*\Z":  # integers, 042 and 1,000 too, all in one form
+        lambda m: str(int(m[1][:LONGEST_ANSWER].replace(",", "")))}
 OR_ELSE = {  # second readings: 12.5 %, which is 0.125, as 12.5 (percent were asked for); 90 degrees, or 90, as pi/2
     r"^[\s$]*([1-9][0-9,]*\.[0-9]+)\s*\\?%[\s$]*$": r"\1",
     r"(?<![0-9.])([0-9.]++)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})": r"\\frac{\1\\pi}{180}"}

@@ -2202,12 +2202,6 @@ def test_a_model_that_only_echoes_breeds_nothing(math_task):
     assert "no valid proposal (0 of 2" in child and +reflection.dropped == {"copies the request": 4}
 
 
-def test_a_run_knows_its_requests_and_its_tokenizer(world, tmp_path):
-    seen = []
-    run = play(flags(world, tmp_path, mode="evolution", iterations=1), breed=lambda _, r, i: seen.append(r) or {})
-    assert seen[0].texts == run.task.texts and seen[0].control is run.chat.control
-
-
 # ---- Leaks ----
 
 
@@ -2520,6 +2514,7 @@ def test_integers_need_no_process(monkeypatch):
         assert grade(gold, answer) == "correct", (gold, answer)
     for gold, answer in [("42", "43"), ("42", "-42"), ("1000", "1"), ("9" * 500, "9" * 499 + "8"), ("3", "3" * 5000)]:
         assert grade(gold, answer) == "wrong", (gold, answer)
+    assert grade("7", " " * 2000 + "7") == "correct"
 
 
 PAIRS = r"""
@@ -3362,7 +3357,7 @@ def test_the_objective_is_a_mean_over_all_rollouts(world, tmp_path):
 
 def test_prompts_that_did_equally_well_tie_exactly(world, tmp_path):
     """As means of means V_i of equal prompts would differ by rounding, which would then decide which one is mutated."""
-    rewards, seen = [[[1, 0, 0, 0, 0]] * 3 + [[0] * 5], [[1, 1, 1, 0, 0]] + [[0] * 5] * 3], []
+    rewards, seen, made = [[[1, 0, 0, 0, 0]] * 3 + [[0] * 5], [[1, 1, 1, 0, 0]] + [[0] * 5] * 3], [], []
     prompts = [espl.SystemPrompt(i, [str(i)]) for i in range(2)]
 
     def sampled(run, pairs, split, iteration, sample_groups=espl.sample_groups):
@@ -3371,8 +3366,10 @@ def test_prompts_that_did_equally_well_tie_exactly(world, tmp_path):
             group.rewards = r
         return groups
 
-    play(flags(world, tmp_path / "run", mode="evolution", num_prompts=2, iterations=1), sample_groups=sampled,
-         select=lambda *_: prompts, breed=lambda *_: {}, update_ratings=lambda _, values, *__: seen.append(values))
+    run = play(flags(world, tmp_path / "run", mode="evolution", num_prompts=2, iterations=1), sample_groups=sampled,
+               select=lambda *_: prompts, breed=lambda _, r, i: made.append(r) or {},
+               update_ratings=lambda _, values, *__: seen.append(values))
+    assert made[0].texts == run.task.texts and made[0].control is run.chat.control  # what no principle may say
     assert np.mean([np.mean(r) for r in rewards[0]]) != np.mean([np.mean(r) for r in rewards[1]])
     assert seen == [[0.15, 0.15]]
 
@@ -4669,7 +4666,8 @@ def test_tables_are_those_of_the_results(lab, tmp_path, monkeypatch):
 
 def test_readers_of_what_others_write_survive_made_up_text(capsys, monkeypatch):
     fuzz = load_tool("fuzz")
-    assert fuzz.main(["--cases", "40"]) == 0 and capsys.readouterr().out.count(": 40 cases in") == len(fuzz.READERS) == 7
+    assert fuzz.main(["--cases", "40"]) == 0
+    assert capsys.readouterr().out.count(": 40 cases in") == len(fuzz.READERS) == 7
     monkeypatch.setattr(espl, "last_boxed", lambda text: text.index("{"))  # it would see a reader that fails
     assert fuzz.main(["--only", "grader", "--first", "40"]) == 1
     assert re.match(r"grader: case \d+ failed; --only grader --first \d+ --cases 1\n", capsys.readouterr().out)
