@@ -199,8 +199,7 @@ class Config:
 
 def train(run: Run) -> None:
     """Algorithm 1's loop, with evaluations (the first before training), logs and checkpoints."""
-    c = run.config
-    last = last_iteration(run)
+    c, last = run.config, last_iteration(run)
     with resumed_and_saved(run):
         for iteration in range(run.finished + 1, last + 1):
             run.seconds.clear()
@@ -263,7 +262,9 @@ def breed(run: Run, tournament: Tournament, iteration: int) -> dict:
             log["children"][name] = {"id": child.id, "parents": child.parents}
         except NoChild as e:
             log["no_child"][name] = str(e)
-        except Exception as e:  # a failure in reflection never ends a run
+        except Exception as e:  # a failure in reflection never ends a run, but one of memory is no reflection's
+            if "RESOURCE_EXHAUSTED" in str(e):
+                raise
             log["no_child"][name] = f"failed: {first_line(e)}"
             run.append("reflections.jsonl", [{"iteration": iteration, "traceback": traceback.format_exc()}])
     return log | {"parse_failures": tournament.unread, "dropped": dict(+tournament.dropped)}
