@@ -1,6 +1,7 @@
 """Kills runs and resumes them until they are through, and compares them with one that was left alone.
 
     python tools/soak.py --kills 30
+    python tools/soak.py --memory 500    # iterations: what a long run takes in memory, programs and files, and a picture
 
 The runs are of the default task, cut short. Kills come with SIGKILL at random instants and at the worst ones: while
 sampling, grading, updating, reflecting, in the middle of writing a checkpoint, of `best` or of population.json, between
@@ -89,6 +90,42 @@ def disturbed(argv: list[str], rng: random.Random, phase: str) -> tuple[str, int
     return f"{phase}, {seconds:.1f} s after its start", process.wait(), text + process.stdout.read()
 
 
+def watch(iterations: int, out: Path, argv: list[str]) -> int:
+    """A run in this process that notes its memory and the programs it has compiled after each iteration."""
+    import jax
+    import matplotlib.figure
+    import numpy as np
+    import espl
+    programs, notes, print_line = [], [], espl.print_line
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: programs.append(name) if name.endswith("backend_compile_duration") else None)
+
+    def noted(run, m):
+        print_line(run, m)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        notes.append((m["iteration"], pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(programs)))
+
+    espl.print_line = noted
+    code = espl.main(["--iterations", str(iterations), "--run-dir", str(out / "long"), *argv])
+    iteration, memory, compiled = np.array(notes).T
+    late = iteration >= iterations * 0.4  # by then prompts are as long, and batches as odd, as they get
+    slope = 100 * np.polyfit(iteration[late], memory[late], 1)[0]
+    figure = matplotlib.figure.Figure((7, 3), layout="constrained")
+    left = figure.add_subplot(xlabel="iteration", ylabel="resident memory, MB")
+    left.plot(iteration, memory, color="tab:blue")
+    right = left.twinx()
+    right.plot(iteration, compiled, color="tab:red", linestyle="dashed")
+    right.set_ylabel("programs compiled or read (dashed)")
+    figure.savefig(out / "memory.png", dpi=120)
+    print(f"memory {memory[late][0]:.0f} MB at iteration {iteration[late][0]:.0f}, {memory[-1]:.0f} at {iterations}: "
+          f"{slope:+.2f} MB in 100 iterations; programs {compiled[late][0]:.0f} -> {compiled[-1]:.0f}")
+    for path in sorted((out / "long").iterdir()):
+        files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+        print(f"{sum(f.stat().st_size for f in files) / 1e6:9.2f} MB  {path.name}")
+    print(f"drawn: {out / 'memory.png'}")
+    return code
+
+
 def state(directory: Path) -> dict:
     """All that two runs must have in common."""
     import jax
@@ -112,11 +149,14 @@ def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit code: 0, or 1 if a run differs or ends in another way than it should."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--memory", type=int, default=0, metavar="ITERATIONS", help="instead: watch one long run")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="is emptied")
     args, more = parser.parse_known_args(argv)  # more: flags of espl.py
     rng, kills, rounds, began = random.Random(args.seed), 0, 0, time.time()
     shutil.rmtree(args.out, ignore_errors=True)
+    if args.memory:
+        return watch(args.memory, args.out, more)
     directories = {name: (args.out / name).absolute() for name in ("whole", "killed")}
     fresh = {name: [*RUN, *more, "--run-dir", str(d)] for name, d in directories.items()}
     assert start(fresh["whole"]).wait() == 0, "the undisturbed run failed"
