@@ -52,6 +52,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ import traceback
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial, reduce
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -85,8 +86,10 @@ from tqdm import tqdm
 # 2. Config: the flags. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
 
-RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache",
+RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache", "table",
              "reflector_concurrency", "reflector_timeout", "max_reflector_tokens")
+EVALUABLE = (*RESUMABLE, "eval_only", "eval_from", "run_dir", "test_file", "test_size", "test_samples", "test_greedy",
+             "test_prompt", "temperature", "top_p", "max_new_tokens", "max_tool_calls", "model_parallel")
 MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts",
              "iterations", "seed", "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
@@ -179,6 +182,9 @@ class Config:
     test_samples: int = flag(10, "Evaluation", "responses to each problem", low=1)
     test_greedy: bool = flag(False, "Evaluation", "also one greedy response to each test problem")
     test_prompt: str = flag("best", "Evaluation", "highest mu - lambda sigma, or latest", choices=("best", "latest"))
+    table: bool = flag(True, "Evaluation", "at the end: weights before, after x root, tested prompt, on the test set")
+    eval_only: bool = flag(False, "Evaluation", "only that table, of --resume's run or of --model; nothing is trained")
+    eval_from: str = flag("checkpoints", "Evaluation", "last of these, or the best", choices=("checkpoints", "best"))
 
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
@@ -193,20 +199,19 @@ class Config:
 
 def train(run: Run) -> None:
     """Algorithm 1's loop, with evaluations (the first before training), logs and checkpoints."""
-    c = run.config
-    last = last_iteration(run)
-    with checkpoint_manager(run, "checkpoints", keep=2) as manager:
-        done = restore_checkpoint(run, manager) if c.resume else -1
-        for iteration in range(done + 1, last + 1):
+    c, last = run.config, last_iteration(run)
+    with resumed_and_saved(run):
+        for iteration in range(run.finished + 1, last + 1):
             run.seconds.clear()
             run.tokens.clear()
             m = espl_iteration(run, iteration) if iteration else {"iteration": 0}
             if iteration % c.eval_every == 0 or iteration == last:
-                m |= evaluate(run, iteration)
+                m |= evaluate(run, iteration, table=c.table and iteration == last)
             write_logs(run, m)
             print_line(run, m)
+            finish_iteration(run, m)
             if iteration % c.save_every == 0 or iteration == last:
-                save_checkpoint(run, manager, iteration)
+                save_checkpoint(run, iteration)
 
 
 def espl_iteration(run: Run, iteration: int) -> dict:
@@ -222,13 +227,15 @@ def espl_iteration(run: Run, iteration: int) -> dict:
                                 "train", iteration))
     groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
     values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # so ties are exact
+    run.finished = -1  # from here on the state is between two iterations, not to be saved
 
     def learn() -> dict:  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
         if c.mode not in ("espl", "rl"):
             return {}
         with timed(run, "update"):
             rollouts = c.num_prompts * c.num_rollouts * len(problems_B)
-            return rl_update(run.trainer, to_samples(groups_MB, c), rollouts)
+            learning = rl_update(run.trainer, samples := to_samples(groups_MB, c), rollouts)
+            return learning | not_finite(run, iteration, learning, samples)
 
     def evolve() -> dict:
         if c.mode == "rl":
@@ -237,20 +244,11 @@ def espl_iteration(run: Run, iteration: int) -> dict:
         k = argmax(values_M, rng)                                                       # line 12
         with timed(run, "reflect"):
             reflect = partial(ask, run, iteration, Counter())                           # lines 13-21
-            return breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng), iteration)
+            return breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng, run.chat.control,
+                                         run.task.texts), iteration)
 
     learning, evolution = side_by_side(run, learn, evolve) if external(c) else (learn(), evolve())
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
-
-
-def side_by_side(run: Run, learn: Callable[[], dict], evolve: Callable[[], dict]) -> tuple[dict, dict]:
-    """Both results. evolve waits for a server, in a thread; the seconds saved are noted as a negative "overlap"."""
-    start = time.perf_counter()
-    with ThreadPool(1) as pool:  # of a daemon: an interrupted run need not wait for the server
-        job = pool.apply_async(evolve)
-        results = learn(), job.get()
-    run.seconds["overlap"] = time.perf_counter() - start - run.seconds["update"] - run.seconds["reflect"]
-    return results
 
 
 def breed(run: Run, tournament: Tournament, iteration: int) -> dict:
@@ -264,7 +262,9 @@ def breed(run: Run, tournament: Tournament, iteration: int) -> dict:
             log["children"][name] = {"id": child.id, "parents": child.parents}
         except NoChild as e:
             log["no_child"][name] = str(e)
-        except Exception as e:  # a failure in reflection never ends a run
+        except Exception as e:  # a failure in reflection never ends a run, but one of memory is no reflection's
+            if "RESOURCE_EXHAUSTED" in str(e):
+                raise
             log["no_child"][name] = f"failed: {first_line(e)}"
             run.append("reflections.jsonl", [{"iteration": iteration, "traceback": traceback.format_exc()}])
     return log | {"parse_failures": tournament.unread, "dropped": dict(+tournament.dropped)}
@@ -308,14 +308,17 @@ class Group:
 
 def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], split: str, iteration: int) -> list[Group]:
     """For each (system prompt, problem, n): n responses of pi_theta, graded and written to rollouts.jsonl; split is
-    train, val, test, or test_greedy, which is decoded greedily."""
+    train, val, test, test_greedy (decoded greedily), test_before (of pi_ref) or test_after, these with test's seeds."""
     c, chat = run.config, run.chat
     prompts = [chat.ids(system_text(run.task, s.principles), x.question) for s, x, _ in pairs]
     sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens,
-                        run.seed(f"{split}/{iteration}"), f"sampling {split}")
+                        run.seed(f"{split.partition('_')[0]}/{iteration}"), f"sampling {split}")
+    theta = run.policy.theta_ref if split == "test_before" else run.policy.theta
     with timed(run, "sample" if split == "train" else "evaluate"):
-        responses = generate(run.policy, run.policy.theta, prompts, [n for _, _, n in pairs], sampling,
+        responses = generate(run.policy, theta, prompts, [n for _, _, n in pairs], sampling,
                              partial(answer_call, run, prompts) if run.task.tools else None)
+    run.tokens["rollouts" if split == "train" else "evaluation"] += sum(
+        p is not None for group in responses for y in group for p in y.logprobs)  # what tools said was not sampled
     with timed(run, "grade" if split == "train" else "evaluate"):
         last_turns = [(x, final_text(chat.text(y.tokens[y.turn:], y.tokens[:y.turn] or prompt)))
                       for (_, x, _), prompt, group in zip(pairs, prompts, responses) for y in group]
@@ -437,6 +440,8 @@ class Tournament:
     parse: Callable[[str], list[dict] | None]          # operations in a reply; None: unreadable
     config: Config
     rng: np.random.Generator | None = None             # the iteration's own
+    control: re.Pattern | None = None                  # could leave its turn when tokenised (None: CONTROL)
+    texts: dict[str, str] = field(default_factory=dict)  # the task's; no principle may repeat what a request says
     unread: int = 0                                    # replies that could not be read, even when asked again
     dropped: Counter = field(default_factory=Counter)  # operations, by what was wrong with them
 
@@ -469,7 +474,7 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         for g in groups])
     proposals = []
     for ops in critiques:
-        good = [op for op in ops or [] if valid(op, ("add", "modify"), current, problems, c, r.dropped)]
+        good = [op for op in ops or [] if valid(op, ("add", "modify"), current, problems, r)]
         r.dropped.update({"beyond K_ops": max(0, len(good) - c.max_operations)})
         proposals += good[: c.max_operations]
     if not proposals:
@@ -480,7 +485,7 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
     [plan] = r.operations("aggregate", [slots])
     if plan is None:
         raise NoChild("the revision plan did not parse; raise --reflect-tokens or give --no-thinking")
-    return apply_operations(candidates, plan, ("modify", "merge"), problems, c, r.dropped), [parent]
+    return apply_operations(candidates, plan, ("modify", "merge"), problems, r), [parent]
 
 
 def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
@@ -499,9 +504,8 @@ def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         crossover_slots(sets, [(letters[i], b, problems[b]) for i in wins for b in wins[i]])])
     if ops is None:
         raise NoChild("the reply did not parse")
-    principles = apply_operations(numbered(prompts[r.best].principles, "A."), ops, ("add", "modify", "remove"),
-                                  problems, r.config, r.dropped)
-    return principles, [prompts[i] for i in wins]
+    set_a, kinds = numbered(prompts[r.best].principles, "A."), ("add", "modify", "remove")
+    return apply_operations(set_a, ops, kinds, problems, r), [prompts[i] for i in wins]
 
 
 OPERATORS = {  # name: (operator, its chance in an iteration); add one here, nothing else needs to know
@@ -549,7 +553,7 @@ def crossover_slots(sets: dict[str, list[str]], wins: list[tuple[str, int, Probl
 
 SOURCES = {"add": lambda op: [], "modify": lambda op: [op.get("modified_from")],
            "remove": lambda op: [op.get("remove_id")], "merge": lambda op: op.get("merged_from")}
-CONTROL = re.compile(r"<\|.*?\|>|</?think>|<(?:start|end)_of_turn>|</?s>")  # could leave its turn when tokenised
+CONTROL = re.compile(r"<[|｜].{0,64}?[|｜]>|</?think>|<(?:start|end)_of_\w+>|</?s>|<[be]os>|\[/?INST\]|<</?SYS>>")
 STRING = r'"(?:[^"\\]|\\.)*+"'  # of JSON; possessive, so that hostile replies take linear time
 OBJECT = re.compile(r'\{(?:[^{}"]|' + STRING + r")*+\}", re.S)  # one without another object in it
 ESCAPE = re.compile(  # an escape of JSON, unless LaTeX is likelier (\frac, \neq); group 1: a backslash to be doubled
@@ -594,9 +598,17 @@ def leaks(principle: str, problems: list[Problem]) -> bool:
     return any(quoted(words(x.question)) or any(told("".join(a.split())) for a in x.answers) for x in problems)
 
 
-def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Config, dropped: Counter) -> bool:
+def copied(principle: str, texts: dict[str, str]) -> bool:
+    """True if a principle is a sentence or an example of the requests among these texts, but for one word in four."""
+    words = lambda text: Counter(re.findall(r"\w+", text.lower()))
+    said, asked = words(principle), " ".join(t for name, t in texts.items() if name not in ("system", "principles"))
+    return any(4 * (said & sentence).total() >= 3 * max(said.total(), sentence.total()) > 9
+               for sentence in map(words, re.split(r'"|[.?!:]\s| - ', " ".join(asked.split()))))
+
+
+def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], r: Tournament) -> bool:
     """Whether an operation may be applied to principles with these ids; if not, it is dropped alone, and counted."""
-    fields = op if isinstance(op, dict) else {}
+    c, fields = r.config, op if isinstance(op, dict) else {}
     kind = fields.get("operation")
     named = SOURCES[kind](fields) if kind in kinds else []
     text = "-" if kind == "remove" else fields.get("principle")  # what is removed needs no text
@@ -605,25 +617,26 @@ def valid(op: Any, kinds: tuple[str, ...], ids, problems: list[Problem], c: Conf
         "unknown id": lambda: not isinstance(named, list) or not all(isinstance(i, str) and i in ids for i in named),
         "merge of fewer than two": lambda: kind == "merge" and len(set(named)) < 2,
         "no text": lambda: not isinstance(text, str) or not text.strip() or not " ".join(text.split()).isprintable(),
-        "control token": lambda: CONTROL.search(text),
+        "control token": lambda: (r.control or CONTROL).search(text),
         "too long": lambda: len(text.split()) > c.max_principle_words or len(text) > 12 * c.max_principle_words,
+        "copies the request": lambda: copied(text, r.texts),
         "leaks a problem": lambda: not c.allow_leaks and leaks(text, problems)}
     why = next((name for name, found in faults.items() if found()), None)
-    dropped.update([why] if why else [])
+    r.dropped.update([why] if why else [])
     return not why
 
 
-def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problems, c: Config, dropped: Counter):
+def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problems, r: Tournament) -> list[str]:
     """git.apply(s, diff): the principles after the valid operations, in order, as a list (renumbered G0, G1, …)."""
     result = dict(principles)
     for n, op in enumerate(ops):
-        if valid(op, kinds, result, problems, c, dropped):  # ids as earlier operations left them
+        if valid(op, kinds, result, problems, r):  # ids as earlier operations left them
             text = "" if op["operation"] == "remove" else " ".join(op["principle"].split())
             first, *rest = dict.fromkeys(SOURCES[op["operation"]](op) or [n])  # n: an id that no operation can name
             result = {i: t for i, t in (result | {first: text}).items() if t and i not in rest}
     unique = list({text.casefold(): text for text in result.values()}.values())
-    kept = unique[: c.max_principles]
-    dropped.update({"duplicate": len(result) - len(unique), "too many principles": len(unique) - len(kept)})
+    kept = unique[: r.config.max_principles]
+    r.dropped.update({"duplicate": len(result) - len(unique), "too many principles": len(unique) - len(kept)})
     return kept
 
 # ======================================================================================================================
@@ -1680,6 +1693,10 @@ def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy
     named = [(path_name(path), leaf) for path, leaf in leaves]
     tensors = open_checkpoint(directory, named, cfg)
     weights = [load_weight(*item, tensors, cfg, mesh) for item in progress(named, desc="loading weights")]
+    for (path, _), finite in zip(named, jax.jit(lambda ws: [jnp.isfinite(w).all() for w in ws])(weights)):
+        if not finite:
+            names = " or ".join(tensor_names(path, cfg))
+            raise UserError(f"there is nan or infinity in {names} of {directory}; download it again")
     adapter = jax.jit(lambda: laid_out(make()[1]))()  # of the random model, only the adapter is computed
     return make_policy(nnx.merge(graphdef, adapter, jax.tree.unflatten(treedef, weights)), mesh)
 
@@ -1733,7 +1750,7 @@ def task_file(name: str) -> dict[str, Any]:
         return {}
     if name in MATHS:
         read = lambda file, names: [] if file else [x for data_set in names for x in read_hub(data_set)]
-        return {"problems": lambda c: list(map(read, (c.train_file, c.test_file), MATHS[name]))}
+        return {"problems": lambda c: list(map(read, (c.train_file or c.eval_only, c.test_file), MATHS[name]))}
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / "tasks" / f"{name}.py"
     if not path.is_file():
         raise UserError(f"--task {name}: there is no {path}; get the folder tasks/, or choose of {', '.join(MATHS)}")
@@ -1746,12 +1763,14 @@ def load_task(c: Config) -> Task:
     own = task_file(c.task)
     with explained(f"task {c.task}: its texts, tools or problems fail"):
         texts = read_prompts(c.prompts_file or DEFAULT_PROMPTS, Path(c.task).stem, own.get("PROMPTS", ""))
-        tools = own["tools"](c) if "tools" in own else {}
-        made = own["problems"](c) if "problems" in own and not (c.train_file and c.test_file) else ([], [])
+        tools = dict(own["tools"](c)) if "tools" in own else {}
+        given = c.test_file and (c.train_file or c.eval_only)
+        train, test = map(list, own["problems"](c) if "problems" in own and not given else ([], []))
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
     rng, parts, seen = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), [], set()
-    for file, records, flag_name in (c.test_file, made[1], "--test-file"), (c.train_file, made[0], "--train-file"):
+    sources = [(c.test_file, test, "--test-file"), (c.train_file, train, "--train-file")]
+    for file, records, flag_name in sources[: 1 if c.eval_only else 2]:
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
         new = {x.question: x for x in reversed(found) if x.question not in seen}  # of duplicates the first
         if not new:
@@ -1759,23 +1778,24 @@ def load_task(c: Config) -> Task:
             raise UserError(f"there is no problem in {where}; choose another {flag_name}")
         parts.append(list(new.values())[::-1])
         seen |= new.keys()  # never train on a test problem
-    test, train = parts
+    test, train = (*parts, [])[:2]
     test = [test[i] for i in sorted(rng(b"test").permutation(len(test))[: c.test_size or None])]
     train = [train[i] for i in rng(b"split").permutation(len(train))[: c.train_size]]
     held = min(c.val_size, len(train) // 5)
-    return Task(Path(c.task or c.train_file).stem, train[held:], train[:held], test, texts, own.get("reward"),
-                own.get("parse", parse_operations), tools)
+    return Task(Path(c.task or c.train_file or c.test_file).stem, train[held:], train[:held], test, texts,
+                own.get("reward"), own.get("parse", parse_operations), tools)
 
 
 def to_problem(record: Any, where: str) -> Problem:
-    """A Problem from one record of a data set or JSONL file."""
+    """A Problem from one record of a data set or JSONL file. Neither true nor NaN is an answer."""
     fields = record if isinstance(record, dict) else {}
     question = fields.get("problem") or fields.get("question")
     answers = next((fields[k] for k in ("answer", "groundtruth", "golden_answers") if fields.get(k) is not None), None)
     answers = answers if isinstance(answers, list) else [answers]
     answers = [int(a) if isinstance(a, float) and a.is_integer() else a for a in answers]  # 142.0 in the AMC set
-    answers = tuple(str(a).strip() for a in answers if isinstance(a, (str, int, float)) and str(a).strip())
-    if not isinstance(question, str) or not question.strip() or not answers:
+    answers = tuple(str(a).strip() for a in answers if type(a) in (str, int, float) and a == a and str(a).strip())
+    half = re.search("[\ud800-\udfff]", f"{question}{''.join(answers)}")  # of a pair, which no tokenizer takes
+    if not isinstance(question, str) or not question.strip() or not answers or half:
         raise UserError(f"{where}: needs an object with a text problem|question and answer|groundtruth|golden_answers")
     return Problem(where, question.strip(), answers, record)
 
@@ -1846,6 +1866,13 @@ class Chat:
     role: str = "system"
     thinking: bool = True
 
+    @cached_property
+    def control(self) -> re.Pattern:
+        """CONTROL, and what this tokenizer takes for special tokens; of "<a" and "<a>" the longer one comes first."""
+        own = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        own |= {*self.tokenizer.all_special_tokens}
+        return re.compile("|".join([CONTROL.pattern, *map(re.escape, sorted(own - {""}, reverse=True))]))
+
     def render(self, conversations: list[list[dict]], must_say: str) -> str:
         """The first of these conversations that the template takes, and says in full; "" if there is none."""
         for messages in conversations if self.tokenizer.chat_template else ():
@@ -1871,9 +1898,8 @@ class Chat:
     def tool_turn(self, reply: str) -> list[int]:
         """Token ids of a tool's reply, which end the model's turn and begin its next: in the tool role of the template,
         or as a user's turn in tags where it has none; without a template only in tags."""
-        special = "|".join(map(re.escape, self.tokenizer.all_special_tokens)) or "$^"
         reply = reply.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-        reply = re.sub(special, " ", CONTROL.sub(" ", TAGS.sub(" ", reply)))  # no text of a tool may end its turn
+        reply = self.control.sub(" ", TAGS.sub(" ", reply))  # no text of a tool may end its turn
         tagged, mark = f"<tool_response>\n{reply}\n</tool_response>", "what the model said"
         before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
         turns = {"role": "tool", "content": reply}, {"role": "user", "content": tagged}
@@ -1915,7 +1941,7 @@ def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list
 def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
     """What a tool replies to the call <tool_call>{"name": …, "arguments": {…}}</tool_call> with which `text`, a turn of
     the model, ends; of a malformed call, why it is. Never raises."""
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)  # a thought may mention the tags
+    text = re.sub(r"<think>.*?(</think>|\Z)", lambda m: "" if m[1] else m[0], text, flags=re.S)  # may hold tags
     before, tag, call = text.partition("</tool_call>")[0].partition("<tool_call>")
     if not tag:
         return "Error: </tool_call> without <tool_call> before it."
@@ -1968,11 +1994,24 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def plain_integer(text: str) -> int | None:
-    """The integer that `text` plainly is (042, 1,000, $-7$.), else None."""
-    separator = r"(?:\\,|\{,\}|,(?:\\!)?)"  # of thousands, as LaTeX writers put it:  \,  {,}  ,  ,\!
-    match = re.fullmatch(rf"[\s$]*([+-]?(?:[0-9]+|[0-9]{{1,3}}(?:{separator}[0-9]{{3}})+))[\s$.]*", text)
-    return int(re.sub(separator, "", match[1])) if match and len(text) <= LONGEST_ANSWER else None
+PLAIN = {  # what math-verify misreads, and what is meant: 1\,000, a full stop, 0.1\overline{6} = (16 - 1) / 90
+    r"(?<![\w.])[0-9]{1,3}(?:(?:\\[ ,;:]|\{,\}|,\\!|[~\s])[0-9]{3})+(?!\d)": lambda m: re.sub("[^0-9]", "", m[0]),
+    r"(?<!\.)(?<!\\right)\.(?=[\s$]*\Z)": "", r"\\varnothing": r"\\emptyset", "°": r"^\\circ", r"\\sqrt\{-1\}": "i",
+    r"(?<!\d)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}": lambda m: "\\frac{%s-%s}{%s%s}" % (
+        m[1] + m[2] + m[3], m[1] + m[2] or 0, "9" * len(m[3]), "0" * len(m[2])),  # next: two answers, as 467 = 468
+    r"(^|=)\s*([0-9]+)\s*=(?!\s*\2\s*\Z)(?=\s*[0-9]+\s*\Z)": r"\1\2, ",             # and 468 \text{ (not 467)}
+    r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}0-9]{0,99}\b(?:not|or|but)\b[^{}0-9]{0,99}([0-9]++)[^{}]*\}": r", \1",
+    r"^[\s$]*([+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+))[\s$.]*\Z":  # integers, 042 and 1,000 too, all in one form
+        lambda m: str(int(m[1][:LONGEST_ANSWER].replace(",", "")))}
+OR_ELSE = {  # second readings: 12.5 %, which is 0.125, as 12.5 (percent were asked for); 90 degrees, or 90, as pi/2
+    r"^[\s$]*([1-9][0-9,]*\.[0-9]+)\s*\\?%[\s$]*$": r"\1",
+    r"(?<![0-9.])([0-9.]++)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})": r"\\frac{\1\\pi}{180}"}
+
+
+def readings(text: str) -> list[str]:
+    """The one or two ways to read an answer, written so that math-verify reads them so."""
+    rewritten = lambda text, rules: reduce(lambda x, rule: re.sub(*rule, x), rules.items(), text).strip()
+    return list(dict.fromkeys([plain := rewritten(text, PLAIN), rewritten(plain, OR_ELSE)]))
 
 
 def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
@@ -1980,16 +2019,15 @@ def grade_math(pairs: list[tuple[Problem, str]]) -> list[tuple[float, str]]:
     \\boxed{} of the final text counts. Equal integers and equal strings need no math-verify."""
     outcomes, asked = [], {}
     for problem, text in pairs:
-        answer = (last_boxed(text) or "").strip()
-        number, numbers = plain_integer(answer), [plain_integer(gold) for gold in problem.answers]
-        if not answer:
+        answers, golds = readings(last_boxed(text) or ""), sum(map(readings, problem.answers), [])
+        if not (answer := answers[0]):
             outcomes.append("no_answer")
-        elif answer in problem.answers or number is not None and number in numbers:
+        elif answer in golds:
             outcomes.append("correct")
-        elif len(answer) > LONGEST_ANSWER or number is not None and None not in numbers:  # or a derivation, an attack
-            outcomes.append("wrong")
+        elif len(answer) > LONGEST_ANSWER or all(re.fullmatch("-?[0-9]+", x) for x in (answer, *golds)):
+            outcomes.append("wrong")  # also a derivation, an attack
         else:
-            asked[len(outcomes)] = problem.answers, answer
+            asked[len(outcomes)] = golds, answers
             outcomes.append("error")  # unless math-verify, in a process of its own, has a verdict
     if asked:
         program = f"{MATH_VERIFY_SOURCE}\nmath_verify_process({GRADE_SECONDS}, {GRADE_BYTES})"
@@ -2015,13 +2053,13 @@ def math_verify_process(seconds: int, max_bytes: int) -> None:
     import contextlib, json, os, resource, signal, sys  # noqa: E401
     from math_verify import LatexExtractionConfig, parse, verify
 
-    def same(golds, answer):
+    def same(golds, answers):
         read = lambda x: parse(  # LaTeX only: the plain-text extractor would pick any number out of a sentence
             "\\boxed{" + x + "}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
-        parsed = read(answer)
-        return any(verify(read(gold), parsed, timeout_seconds=None, raise_on_error=True) for gold in golds)
+        flags = dict(allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
+        return any(verify(read(gold), read(answer), **flags) for gold in golds for answer in answers)
 
-    same(["[1,2)", "x^2-1"], "(x+1)(\\frac{x}{1}-1)")  # fills caches which the children inherit: three times as fast
+    same(["[1,2)", "x^2-1"], ["(x+1)(\\frac{x}{1}-1)"])  # fills caches which the children inherit: three times as fast
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in sys.stdin:
         if not (child := os.fork()):
@@ -2063,8 +2101,9 @@ def explained(what: str, advice: str = ""):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of somebody else's error message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The line of somebody else's error message that tells most: the first, or the last if that one ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if lines[0].endswith(":") else 0]
 
 
 def warn(message: str) -> None:
@@ -2089,6 +2128,8 @@ class Run:
     tracker: Any = None                                   # of --track
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
+    phase: str = "load"                                   # the latest
+    finished: int = -1                                    # the iteration after which this is the state; -1: between two
     tokens: Counter = field(default_factory=Counter)      # sampled in it: rollouts, reflections, evaluation
     reflector_tokens: int = 0                             # in and out of --reflector URL in the whole run
 
@@ -2101,12 +2142,17 @@ class Run:
         return self.config.seed, zlib.crc32(purpose.encode())
 
     def append(self, file: str, records: list[dict]) -> None:
-        """Append records to a JSONL file of the run. A full disk is reported, it does not end the run."""
+        """Append records to a JSONL file of the run, all or none. A full disk is reported, it does not end the run."""
+        path, text = self.directory / file, ""
+        size = path.stat().st_size if path.is_file() else 0
         try:
-            with open(self.directory / file, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(text)
         except (OSError, ValueError, TypeError) as e:
-            warn(f"could not write {file}: {first_line(e)}")
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # no half line, on which the next one would be written
+            warn(f"could not write {path}: {first_line(e)}; {len(text):,} characters are lost")
 
 
 def start_tracker(c: Config) -> Any:
@@ -2126,7 +2172,7 @@ def start_tracker(c: Config) -> Any:
 @contextlib.contextmanager
 def timed(run: Run, phase: str):
     """Adds the seconds of a `with` block to run.seconds[phase]."""
-    start = time.perf_counter()
+    run.phase, start = phase, time.perf_counter()
     try:
         yield
     finally:
@@ -2136,19 +2182,24 @@ def timed(run: Run, phase: str):
 def start_run(c: Config) -> Run:
     """Load everything, then make (or reopen) the run directory: what is wrong is found before anything is written."""
     external(c)  # finds mistakes
+    if c.eval_only and c.resume and not any(Path(c.resume, c.eval_from).glob("[0-9]*")):
+        raise UserError(f"there is no checkpoint in {Path(c.resume, c.eval_from)}")
     task = load_task(c)
     policy, chat = load_model(c)
-    drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size)
+    drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size, policy.cfg.max_context)
+    if c.batch_size > len(task.train):
+        warn(f"--batch-size {c.batch_size}: there are {len(task.train)} training problems, all in every batch")
     steps = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
     optimizer = optax.chain(*steps, optax.adam(c.learning_rate, b1=0.9, b2=0.95, eps=1e-8))
     optimizer = optax.apply_if_finite(optimizer, 2**30)  # one infinite gradient must not end a week's run
     trainer = Trainer(policy, optimizer, adam_init(optimizer, policy.theta),
                       Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef), c.microbatch_tokens)
-    c.run_dir = c.run_dir or f"runs/{task.name}-{c.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{c.resume}/eval" if c.resume else f"runs/{task.name}-{'eval' if c.eval_only else c.mode}"
+    c.run_dir = c.run_dir or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(c.run_dir)
     with explained(f"cannot write --run-dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-        if not c.resume and any(directory.iterdir()):
+        if (c.eval_only or not c.resume) and any(directory.iterdir()):
             raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
         tracker = start_tracker(c)
         write_whole(directory / "config.json", json.dumps(dataclasses.asdict(c) | {"resume": ""}, indent=1))
@@ -2210,7 +2261,7 @@ def cache_tokens(policy: Policy, memory: dict[str, float]) -> int:
     return int(max(0.0, 0.85 * free / token_bytes(cfg, mesh)))
 
 
-def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) -> None:
+def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int, most: int = sys.maxsize) -> None:
     """Leave out problems whose prompt, with the root principles, has no room for a response; say how many."""
     for split, problems in {"train": task.train, "val": task.val, "test": task.test}.items():
         ids = [chat.ids(system_text(task, task.root), x.question) for x in problems]
@@ -2220,7 +2271,8 @@ def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int) ->
         if len(kept) < len(problems):
             warn(f"left out {len(problems) - len(kept)} of {len(problems)} {split} problems: over {context} tokens")
         if problems and not kept and split != "val":
-            raise UserError(f"no {split} problem fits into {context} tokens; raise --context or use another --model")
+            raise UserError(f"no {split} problem fits into {context} tokens; "
+                            f"{'raise --context or ' * (context < most)}use another --model")
         problems[:] = kept
 
 
@@ -2259,6 +2311,16 @@ def external(c: Config) -> bool:
     return True
 
 
+def side_by_side(run: Run, learn: Callable[[], dict], evolve: Callable[[], dict]) -> tuple[dict, dict]:
+    """Both results. evolve waits for a server, in a thread; the seconds saved are noted as a negative "overlap"."""
+    start = time.perf_counter()
+    with ThreadPool(1) as pool:  # of a daemon: an interrupted run need not wait for the server
+        job = pool.apply_async(evolve)
+        results = learn(), job.get()
+    run.seconds["overlap"] = time.perf_counter() - start - run.seconds["update"] - run.seconds["reflect"]
+    return results
+
+
 def ask_server(run: Run, prompts: list[str], seed: int) -> list[str]:
     """Replies of an OpenAI-compatible server, "" where it failed; after 429, 5xx and silence its package tries again by
     itself. Raises NoChild if none came, or no token is left."""
@@ -2292,7 +2354,7 @@ def ask_server(run: Run, prompts: list[str], seed: int) -> list[str]:
 
 def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
     """Token ids of a filled-in request; while it is longer than `limit`, its longest slot loses its middle."""
-    slots = {name: CONTROL.sub(" ", text) for name, text in slots.items()}  # no rollout may end the request's turn
+    slots = {name: chat.control.sub(" ", text) for name, text in slots.items()}  # no rollout may end the request's turn
     while len(ids := chat.ids("", fill(template, slots))) > limit:
         name = max(slots, key=lambda n: len(slots[n]))
         keep, text, note = int(0.45 * len(slots[name]) * limit / len(ids)), slots[name], "\n[… cut …]\n"
@@ -2310,25 +2372,53 @@ def tested_prompt(run: Run) -> SystemPrompt:
     return max(pool, key=lambda s: (s.mu - c.ucb_lambda * s.sigma, bool(s.history), s.id))  # of equals who competed
 
 
-def evaluate(run: Run, iteration: int) -> dict:
-    """Score the tested prompt with pi_theta on validation and test problems; keep the weights if validation is best."""
-    s, n = tested_prompt(run), run.config.test_samples
+def score(run: Run, s: SystemPrompt, problems: list[Problem], split: str, iteration: int) -> dict[str, list[float]]:
+    """Mean reward and unbiased pass@k (Chen et al., 2021) on each problem, of prompt s and the weights of the split."""
+    n = 1 if split == "test_greedy" else run.config.test_samples
+    groups = sample_groups(run, [(s, x, n) for x in problems], split, iteration)
+    chance = lambda g, k: 1 - math.comb(n - g.outcomes.count("correct"), k) / math.comb(n, k)
+    return {"reward": [g.value for g in groups]} | {
+        f"pass@{k}": [chance(g, k) for g in groups] for k in sorted({n} | {2**i for i in range(n.bit_length())})}
+
+
+def make_table(run: Run, iteration: int, s: SystemPrompt, scores: dict[str, list[float]]) -> dict[str, dict]:
+    """{measure: {cell or gain: [mean, low, high]}} on the test set: weights before and after training x root and tested
+    prompt s, with 95 % bootstrap intervals over the problems. scores: of the last cell, which is known. Cells that are
+    equal by construction (frozen weights; s is the root) are there once."""
+    trained, found = run.config.mode in ("espl", "rl") and iteration > 0, {}
+    for w in ("before", "after")[: 1 + trained]:
+        for p in (run.population[0], s)[: 1 + (s.id > 0)]:
+            known = p is s and (w == "after") == trained
+            if known or run.config.table:  # with --eval-only, --no-table is for the last cell alone
+                values = scores if known else score(run, p, run.task.test, f"test_{w}", iteration)
+                found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
+    gains = {"prompt alone": ("before, best", "before, root"), "weights alone": ("after, root", "before, root"),
+             "both": ("after, best", "before, root"), "interaction": ("both", "prompt alone", "weights alone")}
+    for gain, (whole, *parts) in gains.items():
+        if {whole, *parts} <= found.keys():
+            found[gain] = found[whole] - sum(found[part] for part in parts)
+    x, rng = np.array(list(found.values())), np.random.default_rng(0)  # one draw of problems for all cells: paired
+    means = [x[:, :, rng.integers(x.shape[2], size=x.shape[2])].mean(2) for _ in range(2000)]
+    stats = np.stack([x.mean(2), *np.quantile(means, (0.025, 0.975), axis=0)], -1).tolist()
+    return {measure: {name: row[i] for name, row in zip(found, stats)} for i, measure in enumerate(scores)}
+
+
+def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
+    """Score the tested prompt with pi_theta, and the 2 x 2 table if asked; keep the weights if validation is best."""
+    s = tested_prompt(run)
     result = {"iteration": iteration, "prompt": s.id}
     for split, problems in (("val", run.task.val), ("test", run.task.test)):
-        groups = sample_groups(run, [(s, x, n) for x in problems], split, iteration)
-        if groups:
-            result[split] = float(np.mean([g.value for g in groups]))
-            for k in sorted({k for k in (1, 2, 4, 8, n) if k <= n}):  # unbiased (Chen et al., 2021)
-                chances = [1 - math.comb(n - g.outcomes.count("correct"), k) / math.comb(n, k) for g in groups]
-                result[f"{split}_pass@{k}"] = float(np.mean(chances))
+        if problems:
+            scores = score(run, s, problems, split, iteration)  # at last those of the test set
+            result |= {f"{split}_{name}".removesuffix("_reward"): float(np.mean(x)) for name, x in scores.items()}
             s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
     if run.config.test_greedy:
-        groups = sample_groups(run, [(s, x, 1) for x in run.task.test], "test_greedy", iteration)
-        result["test_greedy"] = float(np.mean([g.value for g in groups]))
+        result["test_greedy"] = float(np.mean(score(run, s, run.task.test, "test_greedy", iteration)["reward"]))
+    if table:
+        result["table"] = make_table(run, iteration, s, scores)
     run.evaluations.append(result)
     if "val" in result and max(run.evaluations, key=lambda e: e["val"]) is result:  # the first of equals
-        with checkpoint_manager(run, "best", keep=1) as manager:
-            save_checkpoint(run, manager, iteration)
+        save_checkpoint(run, iteration, "best", keep=1)
     return result
 
 
@@ -2336,47 +2426,89 @@ def evaluate(run: Run, iteration: int) -> dict:
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
     """Orbax checkpoints in <run>/<name>."""
+    import logging
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # hundreds of lines about what orbax also raises
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     return ocp.CheckpointManager((run.directory / name).absolute(), options=options)
 
 
-def save_checkpoint(run: Run, manager: ocp.CheckpointManager, iteration: int) -> None:
+def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints", keep: int = 2) -> None:
     """Everything needed to go on after this iteration: theta, Adam's state, the population, the evaluations."""
     loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations,
             "reflector_tokens": run.reflector_tokens}
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
+    import shutil
+    for part in (run.directory / name).glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)  # of a save that failed: threads of orbax wrote on for a while
     try:
-        for step in manager.all_steps():  # of a run that was killed and resumed before them
-            if step >= iteration:
-                manager.delete(step)
-        manager.save(iteration, args=ocp.args.Composite(
-            weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(loop)))
-        manager.wait_until_finished()
+        with checkpoint_manager(run, name, keep) as manager:  # a new one knows of no save that failed
+            for step in manager.all_steps():  # of a run that was killed and resumed before them
+                if step >= iteration:
+                    manager.delete(step)
+            whole = loop | {"check": fingerprint(weights, loop)}
+            manager.save(iteration, args=ocp.args.Composite(
+                weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(whole)))
+            manager.wait_until_finished()
     except Exception as e:  # a full disk: the run goes on, and the next checkpoint may succeed
-        warn(f"could not save a checkpoint: {first_line(e)}")
+        warn(f"could not save a checkpoint in {run.directory / name}: {first_line(e)[:300]}; it takes up to "
+             f"{sum(x.nbytes for x in jax.tree.leaves(weights)):,} bytes, the last one is kept")
+
+
+bit_sum = jax.jit(lambda tree: sum(jnp.sum(x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32))
+                                   for x in jax.tree.leaves(tree)))  # modulo 2^32, in any order and layout
+
+
+def fingerprint(weights, loop: dict) -> list[int]:
+    """Tells a damaged checkpoint: orbax does not see a flipped bit of a weight."""
+    return [int(bit_sum(weights)), zlib.crc32(json.dumps(loop, sort_keys=True).encode())]
 
 
 def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
-    """Bring `run` back to its latest checkpoint and cut its logs there; returns the iteration, -1 if there is none."""
-    if (done := max(manager.all_steps(), default=-1)) >= 0:
-        like = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
-        state = manager.restore(done, args=ocp.args.Composite(
-            weights=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
-            loop=ocp.args.JsonRestore()))
-        run.policy.theta, run.trainer.opt_state = state["weights"]["theta"], state["weights"]["opt_state"]
-        run.population = [SystemPrompt(**s) for s in state["loop"]["prompts"]]
-        run.evaluations = state["loop"]["evaluations"]
-        run.reflector_tokens = state["loop"].get("reflector_tokens", 0)
-    logs = [run.directory / name for name in ("metrics.jsonl", "rollouts.jsonl", "reflections.jsonl")]
+    """Bring `run` back to its latest whole checkpoint and cut its logs there; returns its iteration, -1: none."""
+    weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, weights)
+    how = ocp.args.Composite(loop=ocp.args.JsonRestore(), weights=ocp.args.StandardRestore(like))
+    steps, done = sorted(manager.all_steps()), -1
+    while steps and done < 0:
+        try:
+            state = manager.restore(step := steps.pop(), args=how)
+            weights, loop = state["weights"], state["loop"]
+            if loop.pop("check", None) not in (None, fingerprint(weights, loop)):
+                raise ValueError("its checksum is not that of its content")
+            run.population, run.evaluations = [SystemPrompt(**s) for s in loop["prompts"]], loop["evaluations"]
+            run.reflector_tokens = loop.get("reflector_tokens", 0)
+            run.policy.theta, run.trainer.opt_state, done = weights["theta"], weights["opt_state"], step
+        except Exception as e:
+            warn(f"the checkpoint {manager.directory / str(step)} is damaged: {first_line(e)[:300]}")
+    if done < 0 and manager.all_steps():
+        raise UserError(f"no checkpoint in {manager.directory} is whole; start a new run")
+    logs = [run.directory / f"{name}.jsonl" for name in ("metrics", "rollouts", "reflections", "not_finite")]
     for path in filter(Path.is_file, logs):
         with open(path, "rb+") as file:  # bytes: only \n ends a record
-            end = kept = 0
+            end, kept, line = 0, 0, b"\n"
             for line in file:
                 end += len(line)
                 with contextlib.suppress(ValueError):  # the line that was being written may be incomplete
-                    kept = end if json.loads(line)["iteration"] <= done else kept
+                    kept = end if line.endswith(b"\n") and json.loads(line)["iteration"] <= done else kept
+            if not line.endswith(b"\n"):
+                warn(f"the last line of {path} was incomplete; it is cut off")
             file.truncate(kept)
     return done
+
+
+@contextlib.contextmanager
+def resumed_and_saved(run: Run):
+    """The loop with its beginning, the latest checkpoint, and its end, however it comes: if the state is still that
+    after an iteration (the run was stopped while it sampled), it is saved, whatever --save-every says."""
+    if run.config.resume:
+        with checkpoint_manager(run, "checkpoints", keep=2) as manager:
+            run.finished = restore_checkpoint(run, manager)
+    try:
+        yield
+    finally:
+        if run.finished >= 0 and not (run.directory / "checkpoints" / str(run.finished)).exists():
+            save_checkpoint(run, run.finished)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -2390,32 +2522,56 @@ def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[
     """What metrics.jsonl says of an iteration's rollouts and ratings (docs/metrics.md)."""
     groups = [g for row in groups_MB for g in row]
     responses, outcomes = [y for g in groups for y in g.responses], [o for g in groups for o in g.outcomes]
-    tokens = sum(p is not None for y in responses for p in y.logprobs)  # sampled ones
     tools = {"tool_calls": float(np.mean([y.calls for y in responses])),
              "too_many_calls": sum(y.stop == "calls" for y in responses) / len(responses)} if run.task.tools else {}
     return {"reward_mean": float(np.mean([r for g in groups for r in g.rewards])),
             "rewards": {s.id: v for s, v in zip(prompts_M, values_M)},
             "ratings": {s.id: [s.mu, s.sigma] for s in run.population[-run.config.window:]},
             "contrast_groups": sum(g.contrast for g in groups) / len(groups),
-            "response_tokens": tokens / len(responses),
+            "response_tokens": run.tokens["rollouts"] / len(responses),
             "truncated": sum(y.stop == "length" for y in responses) / len(responses),
-            "outcomes": dict(Counter(outcomes)), "rollout_tokens_per_second": tokens / run.seconds["sample"]} | tools
+            "outcomes": dict(Counter(outcomes)),
+            "rollout_tokens_per_second": run.tokens["rollouts"] / run.seconds["sample"]} | tools
 
 
 def write_logs(run: Run, m: dict) -> None:
     """The iteration's line of metrics.jsonl, population.json, and the pictures, of quick runs only at the end."""
-    m |= {"seconds": dict(run.seconds), "tokens": dict(run.tokens)}
+    m |= {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}
     run.append("metrics.jsonl", [m])
     try:
-        if run.tracker:
-            run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
         slow = "test" in m and sum(run.seconds.values()) > 10
         if REPORT.is_file() and (slow or m["iteration"] == last_iteration(run)):
             runpy.run_path(str(REPORT))["draw"](run.directory)
+        if run.tracker:
+            run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
     except Exception as e:
         warn(f"could not write population.json or a picture, or --track: {first_line(e)}")
+
+
+count_not_finite = jax.jit(lambda tree: sum(jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree)))
+
+
+def not_finite(run: Run, iteration: int, learning: dict, samples: list[Sample]) -> dict:
+    """What metrics.jsonl says of an update with nan or infinity, whose rollouts go to not_finite.jsonl; else {}."""
+    found = {"weights": int(count_not_finite(run.policy.theta)),
+             "loss": int(not math.isfinite(learning.get("loss", 0.0))),
+             "updates": int(run.trainer.opt_state.notfinite_count)}  # left out in a row
+    if "skipped" in learning or not any(found.values()):
+        return {}
+    run.append("not_finite.jsonl", [{"iteration": iteration} | vars(s) for s in samples])
+    return {"not_finite": found}
+
+
+def finish_iteration(run: Run, m: dict) -> None:
+    """Ends a run with weights that are not finite, or after five updates in a row that were left out, and five more."""
+    bad = m.get("not_finite", {"weights": 0, "updates": 0})
+    run.finished = -1 if bad["weights"] else m["iteration"]  # -1: no checkpoint of such weights
+    if bad["weights"] or bad["updates"] and bad["updates"] % 5 == 0:
+        raise UserError(f"{bad['weights']} weights, and the gradients of {bad['updates']} updates in a row, are nan or "
+                        f"infinite (rollouts: {run.directory / 'not_finite.jsonl'}); lower --learning-rate in a new run"
+                        f", or continue with: python espl.py --resume {run.directory}")
 
 
 # ---- The screen and the program
@@ -2430,6 +2586,7 @@ def print_line(run: Run, m: dict) -> None:
     if "loss" in m:
         parts.append(f"grad {short(m['grad_norm'], 2)} H {short(m['entropy'], 2)}")
     parts += ["no step"] * ("skipped" in m)
+    parts += [f"{n} {name} not finite" for name, n in m.get("not_finite", {}).items() if n]
     bred = [f"+{x['id']} from {', '.join(map(str, x['parents']))}" for x in m.get("children", {}).values()]
     scores = [f"{split} {short(m[split])}" for split in ("val", "test") if split in m]
     saved = f" ({-m['seconds']['overlap']:.1f} saved)" if "overlap" in m["seconds"] else ""
@@ -2451,6 +2608,20 @@ def summary(evaluations: list[dict]) -> dict[str, dict]:
     return {"base model": first, "final": final, "mean of last 5": mean} | picked  # the first of equals
 
 
+def table_text(table: dict[str, dict], prompt: int, measure: str) -> str:
+    """One measure of `make_table`'s table, as on the screen."""
+    titles = {"root": "root prompt", "best": f"prompt {prompt}"}
+    prompts = dict.fromkeys(name.partition(", ")[2] for name in table[measure])
+    head = "".join(titles[p].rjust(28) for p in prompts if p)
+    rows = {f"{measure} (95 % interval over problems)": head}
+    for name, values in table[measure].items():
+        weights, cell, _ = name.partition(", ")
+        title = f"weights {weights} training" if cell else f"gain: {name}"
+        form = "{:.3f} ({:.3f} to {:.3f})" if cell else "{:+.3f} ({:+.3f} to {:+.3f})"
+        rows[title] = rows.get(title, "") + form.format(*values).rjust(28)
+    return "\n".join(title.ljust(42) + cells for title, cells in rows.items())
+
+
 def closing_report(run: Run) -> str:
     """What a run ends with: the scores on the test set, the tested prompt, and where the files are."""
     c, s = run.config, tested_prompt(run)
@@ -2460,8 +2631,23 @@ def closing_report(run: Run) -> str:
     for name, row in summary(run.evaluations).items():
         name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
         lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
+    if table := run.evaluations[-1].get("table"):
+        lines += ["", table_text(table, s.id, "reward")]
     return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}",
                       re.sub("^", "    ", listing(numbered(s.principles)), flags=re.M), "", f"files: {run.directory}"])
+
+
+def evaluate_only(run: Run) -> str:
+    """--eval-only: the table of a run's checkpoint, or the one cell of a model, with pass@k; returns what to say."""
+    c, iteration = run.config, 0
+    if c.resume:
+        with checkpoint_manager(run, str(Path(c.resume, c.eval_from).absolute()), keep=2) as manager:
+            iteration = restore_checkpoint(run, manager)
+    m = evaluate(run, iteration, table=True)
+    run.append("metrics.jsonl", [m | {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}])
+    head = f"iteration {iteration}: {c.test_samples} responses at T = {c.temperature:g} to each test problem"
+    blocks = [table_text(m["table"], m["prompt"], measure) for measure in m["table"]]
+    return "\n\n".join([head, *blocks, f"files: {run.directory}"])
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -2477,7 +2663,7 @@ def parse_args(argv: list[str]) -> Config:
     if named.resume:
         path = Path(named.resume) / "config.json"
         with explained(f"cannot read {path}", "--resume takes an earlier run's directory"):
-            saved = json.loads(path.read_text()) | {"run_dir": named.resume}
+            saved = json.loads(path.read_text()) | {"run_dir": "" if "--eval-only" in argv else named.resume}
             named.task = saved["task"]
     elif not (named.task or named.train_file or named.test_file):
         named.task = "glyphs"
@@ -2501,12 +2687,17 @@ def parse_args(argv: list[str]) -> Config:
             type=type(f.default), choices=m["choices"], metavar=None if m["choices"] else type(value).__name__.upper())
         text = f"[{m['symbol']}] " * bool(m["symbol"]) + m["text"] + f" (default: {value})" * (value != "")
         groups[title(f)].add_argument(name, help=text.replace("%", "%%"), **how)
-    given = vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        import difflib
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
+        stop(f"unknown {unknown[0]}" + "".join(f", did you mean {name}?" for name in near))
+    given = vars(given)
     if given.get("rating") == "last" and not saved:
         defaults["ucb_lambda"] = 0.0
     for name, f in fields.items():
         value, m = (defaults | given)[f.name], f.metadata
-        if saved and f.name not in RESUMABLE and value != defaults[f.name]:
+        if saved and f.name not in (EVALUABLE if given.get("eval_only") else RESUMABLE) and value != defaults[f.name]:
             raise UserError(f"{name} cannot change when resuming; start a new run")
         types = (int, float) if isinstance(f.default, float) else type(f.default)
         if not isinstance(value, types) or m["choices"] and value not in m["choices"]:  # of a task file's DEFAULTS
@@ -2518,8 +2709,9 @@ def parse_args(argv: list[str]) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
-    run = None
+    """The program; returns its exit code: 0, 2 for bad input or too little memory, 130 or 143 when stopped."""
+    run, again = None, lambda: (f"; continue with: python espl.py --resume {run.directory}"
+                                if run and not c.eval_only else "")
     try:
         c = parse_args(sys.argv[1:] if argv is None else argv)
         if c.compile_cache:
@@ -2527,26 +2719,45 @@ def main(argv: list[str] | None = None) -> int:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
         run = start_run(c)
         task, cfg = run.task, run.policy.cfg
-        prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train]
+        prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train or task.test]
         lengths = max(map(len, prompts)), min(max(map(len, prompts)) + c.max_new_tokens, run.policy.context)
         first, last = (rows_for(run.policy, 2**30, cache_length(run.policy, n)) for n in lengths)
-        print(f"{c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
-              f"problems, {last_iteration(run)} iterations\n{c.model} ({cfg.dtype}, "
-              f"{f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on {len(jax.devices())} "
-              f"{jax.default_backend()} device(s), up to {first} rollouts at once"
+        print(f"{'evaluation' if c.eval_only else f'{c.mode}, {last_iteration(run)} iterations,'} on {task.name}: "
+              f"{len(task.train)} training, {len(task.val)} validation, {len(task.test)} test problems\n{c.model} "
+              f"({cfg.dtype}, {f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on "
+              f"{len(jax.devices())} {jax.default_backend()} device(s), up to {first} rollouts at once"
               f"{f', {last} of the longest' * (last < first)}\nwriting {run.directory}", flush=True)
-        train(run)
+        report = evaluate_only(run) if c.eval_only else train(run) or closing_report(run)
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        again = f"; continue with: python espl.py --resume {run.directory}" if run else ""
-        print(f"\nespl: interrupted{again}", file=sys.stderr)
-        return 130
-    print(closing_report(run))
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        phase = run.phase if run else "load"
+        lower = {"load": "--lora-rank, --max-rows", "update": "--microbatch-tokens, --max-new-tokens",
+                 "reflect": "--max-rows, --reflect-tokens"}.get(phase, "--max-rows, --max-new-tokens")
+        print(f"espl: error: out of memory in phase {phase} ({first_line(e)}); lower {lower} or --context{again()}",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        number = signal.Signals(e.args[0] if e.args else signal.SIGINT)
+        print(f"\nespl: interrupted by {number.name}{again()}", file=sys.stderr)
+        return 128 + number
+    print(report)
     return 0
 
 
 if __name__ == "__main__":
     sys.modules["espl"] = sys.modules["__main__"]  # tools that import espl get this very module
+
+    def stop(number, _):  # the first SIGTERM or Ctrl-C is raised wherever the program is, a second one ends it at once
+        for s in handled:
+            signal.signal(s, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]  # by `nohup … &`
+    for s in handled:
+        signal.signal(s, stop)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a task's own processes
     sys.exit(main())

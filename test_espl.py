@@ -31,16 +31,20 @@ for _name, _value in {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {f
     os.environ.setdefault(_name, _value)
 
 import ast
+import base64
 import contextlib
 import copy
 import dataclasses
 import hashlib
+import html
+import html.parser
+import http.server
 import inspect
 import itertools
-import http.server
 import json
 import math
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -63,7 +67,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from scipy import stats
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import espl
@@ -1450,6 +1454,41 @@ def test_chat_text_leaves_out_special_tokens(make_chat):
     assert chat.text(chat.tokenizer("a Ü b").input_ids) == "a Ü b"
 
 
+# As the families write them: special tokens, and what stands for a turn in a template without being a token.
+FAMILY = {
+    "llama 2": (["<s>", "</s>", "<unk>"], ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]),
+    "llama 3": (["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|reserved_special_token_7|>"], []),
+    "gemma": (["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<mask>"], []),
+    "qwen": (["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"], ["<think>", "</think>"]),
+    "deepseek": (["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜tool▁outputs▁end｜>"], []),
+    "bert": (["[CLS]", "[SEP]", "[PAD]", "[SEP]x"], [])}
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_no_text_holds_control_tokens(make_chat, family):
+    """No principle, no slot of a request and no reply of a tool, whichever tokens the tokenizer takes for special."""
+    special, others = FAMILY[family]
+    chat = make_chat(None)
+    chat.tokenizer.add_special_tokens({"eos_token": special[0]})
+    chat.tokenizer.add_tokens([AddedToken(token, special=True) for token in special[1:]])
+    ids, marks = set(chat.tokenizer.convert_tokens_to_ids(special)), [*special, *others, "<|im_end|>", "<bos>"]
+    assert ids & set(chat.tokenizer("".join(special)).input_ids) == ids  # such a text does hold them
+    for mark in marks:
+        assert applied([add(f"Try{mark}it.")], control=chat.control)[1] == {"control token": 1}
+        said = f"a{mark}b {mark[:2]}{mark}{mark[2:]}"
+        for tokens in (espl.fit_request(chat, "{x}", {"x": said}, 999), chat.tool_turn(said)):
+            assert not ids & set(tokens[1:]) and mark not in chat.tokenizer.decode(tokens[1:])
+    assert len(applied([add("If x < 3 and |y| > 2, or [x] <= y, try <b>, a[0] | b.")], control=chat.control)[0]) == 5
+
+
+def test_looking_for_control_tokens_takes_linear_time():
+    for unit in ("<|", "<｜|", "<start_of_", "[INST", "<", "<think>"):
+        start = time.process_time()
+        espl.CONTROL.sub(" ", unit * (10**6 // len(unit)))
+        espl.call_tool({}, unit * (10**6 // len(unit)))
+        assert time.process_time() - start < 5
+
+
 # ---- Tools ----
 
 
@@ -1635,6 +1674,177 @@ def test_a_record_of_the_search_data_set():
               "prompt": [{"role": "user", "content": "Answer. Question: who?"}],
               "reward_model": {"ground_truth": {"target": ["x", "y"]}, "style": "rule"}}
     assert espl.to_problem(record, "w") == espl.Problem("w", "who?", ("x", "y"))
+
+
+STAND_IN = {  # as much of the package reasoning-gym as tasks/gym.py uses, with data sets that misbehave
+    "__init__.py": "", "coaching/__init__.py": "", "utils.py": r'''
+import re
+
+def extract_answer(text):
+    found = re.findall("<answer>(.*?)</answer>", text, re.S)
+    return found[-1].strip() if found else None
+''', "coaching/base_curriculum.py": '''
+from types import SimpleNamespace
+
+RangeAttributeMode = SimpleNamespace(UPPER_BOUND="alone", INCLUSIVE="all")
+
+class DefaultCurriculumContext:
+    def __init__(self, mode):
+        self.mode = mode
+''', "factory.py": '''
+import random
+from dataclasses import dataclass
+
+@dataclass
+class Config:
+    digits: int = 9
+    scale: float = 1.0
+    words: tuple = ()
+    seed: int | None = None
+    size: int = 500
+
+class Sums:
+    def __init__(self, config):
+        assert config.digits < 8, "too many digits"
+        self.config = config
+
+    def __getitem__(self, i):
+        assert i < self.config.size
+        rng = random.Random(self.config.seed + i)
+        if rng.random() < 0.1 * self.config.digits:
+            raise RuntimeError("this one fails")
+        a, b = (rng.randrange(10 ** self.config.digits) for _ in "ab")
+        return {"question": f" {a} + {b}? ", "answer": str(a + b)}
+
+    def score_answer(self, answer, entry):
+        print("a library may print")
+        return 1.0 if answer == entry["answer"] else float(eval(answer))
+
+class Hashes(Sums):
+    def __getitem__(self, i):
+        return {"question": f"{i} {hash('x')}", "answer": None}
+
+class Hangs(Sums):
+    def __getitem__(self, i):
+        while i > 3 or self.config.digits == 2:
+            try:
+                while True:
+                    pass
+            except Exception:
+                pass
+        return Sums.__getitem__(self, i)
+
+class Curriculum:
+    def set_global_level(self, level):
+        if level < 0:
+            raise ValueError(f"Invalid level: {level}")
+        self.digits = [1, 2, 3, 9][min(level, 3)]
+
+    def generate_configuration(self, context):
+        return Config(digits=self.digits) if context.mode == "alone" else None
+
+DATASETS = {"sums": (Sums, Config), "flat": (Sums, Config), "hashes": (Hashes, Config), "hangs": (Hangs, Config),
+            "composite": (Sums, Config)}
+CURRICULA = {"sums": Curriculum, "hashes": Curriculum, "hangs": Curriculum}
+'''}
+
+
+@pytest.fixture
+def gym(tmp_path, monkeypatch):
+    """gym(flags): the task with a stand-in for the package, and with limits of one second."""
+    for name, text in STAND_IN.items():
+        path = tmp_path / "site" / "reasoning_gym" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    source = (ROOT / "tasks/gym.py").read_text()
+    (tmp_path / "gym.py").write_text(re.sub(r"(GRADE_SECONDS, .* =|MAKE_SECONDS =) \d+", r"\1 1", source))
+    return lambda *argv: espl.load_task(espl.parse_args(["--task", str(tmp_path / "gym.py"), *argv]))
+
+
+def test_gym_problems(gym, capfd):
+    """Their number is as asked for, their difficulty their level's, and train and test have no problem in common."""
+    argv = ["--train-size", "40", "--test-size", "20", "--gym"]
+    tasks = [gym(*argv, "sums", "--seed", str(seed)) for seed in (3, 3, 4)]
+    for task in tasks:
+        assert [len(x) for x in (task.train, task.val, task.test)] == [32, 8, 20] and task.name == "gym"
+        for problems, digits in ((task.train + task.val, 1), (task.test, 2)):
+            pairs = [re.fullmatch(r"(\d+) \+ (\d+)\?", x.question) for x in problems]
+            assert all(int(m[1]) + int(m[2]) == int(x.answer) for m, x in zip(pairs, problems))
+            assert max(len(number) for m in pairs for number in m.groups()) == digits
+    assert tasks[0].train == tasks[1].train != tasks[2].train and tasks[0].test == tasks[1].test != tasks[2].test
+    assert "<answer>" in tasks[0].texts["system"] and not capfd.readouterr().err
+    same = gym(*argv, "sums:digits=1", "--test-size", "60")  # of 100 problems: what is tested is not trained on
+    assert not {x.question for x in same.train + same.val} & {x.question for x in same.test}
+    assert len(same.test) == 60 and len(same.train + same.val) > 20
+    [a, b] = [gym(*argv, "hashes") for _ in range(2)]
+    assert a.train == b.train and a.test[0].answer == "any that fits"
+
+
+@pytest.mark.parametrize("argv, note", [
+    (["flat:digits=2"], "level 1 of flat is the same as level 0"), (["sums:digits=2"], "level 1 .* as level 0"),
+    (["sums", "--gym-test-level", "3"], r"level 3 of sums fails \(too many digits\)"),
+    (["hangs"], "level 1 of hangs fails .*no problem of level 1 in 1 s")])
+def test_gym_says_when_the_test_is_not_harder(gym, capfd, argv, note):
+    task = gym("--train-size", "4", "--test-size", "3", "--gym", *argv)
+    assert task.train and task.test
+    assert re.fullmatch(f"espl: note: {note}.*: test problems are as hard as training.*\n", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["sms"], "--gym sms: reasoning-gym has no such data set; it has sums"),
+    (["composite"], "no such data set; it has flat, hangs, hashes, sums"),
+    (["sums:size=3"], "'size' is no setting of it; it has digits, scale, words"),
+    (["sums:digits"], "digits= must be of type int, as 9 is"), (["sums:digits=2.5"], "digits=2.5 must be of type int"),
+    (["sums:words=[1,2],digits=1"], r"words=\[1, 2\] must be of type tuple"), (["sums:digits=8"], "too many digits"),
+    (["sums:scale=2,digits=0", "--test-size", "1"], "lower --test-size"),  # 0 + 0 is all there is
+    (["sums", "--gym-level", "-1"], "Invalid level: -1")])
+def test_gym_errors_are_one_line(gym, tmp_path, capfd, argv, message):
+    assert espl.main(["--task", str(tmp_path / "gym.py"), "--gym", *argv]) == 2
+    assert re.fullmatch(f"espl: error: .*{message}.*\n", capfd.readouterr().err)
+
+
+def test_gym_without_its_package(gym, tmp_path, capfd):
+    (tmp_path / "site/reasoning_gym/__init__.py").write_text("raise ImportError('No module named x')")
+    assert espl.main(["--task", str(tmp_path / "gym.py")]) == 2
+    assert re.fullmatch("espl: error: .*No module named x: pip install reasoning-gym.*\n", capfd.readouterr().err)
+
+
+def test_gym_reward(gym, tmp_path, capfd):
+    """Nothing that a model says ends the run, gets more than 1, changes a file or another answer's reward."""
+    task = gym("--train-size", "4", "--test-size", "3", "--gym", "sums")
+    x, file = task.test[0], tmp_path / "file"
+    file.write_text("kept")
+    said = {f"<answer>1</answer> or <answer> {x.answer}\n</answer>": (1, "correct"), "0.5": (0.5, "partly right"),
+            "": (0, "no_answer"), "<answer>": (0, "no_answer"), "0.01": (0.01, "wrong"), "0": (0, "wrong"),
+            "-3": (0, "wrong"), "7": (1, "correct"), "float('nan')": (0, "wrong"), "two": (0, "wrong"),
+            "\ud800": (0, "wrong"), "exit()": (0, "wrong"), "__import__('os')._exit(1)": (0, "wrong"),
+            "9**9**9**9": (0, "timeout"),
+            "bytes(10**11)": (0, "wrong"), "input()": (0, "wrong"), "(" * 10_000: (0, "wrong"),
+            f"open({str(file)!r}, 'w').write('x')": (0, "wrong"),
+            f"__import__('os').remove({str(file)!r})": (0, "wrong"),
+            "__import__('os').system('echo x')": (0, "wrong"), "open('/dev/null').read() or 0.5": (0.5, "partly right")}
+    texts = [text if "answer" in text or not text else f"so <answer>{text}</answer>" for text in said]
+    assert dict(zip(said, espl.grade(task, [(x, text) for text in texts]))) == said
+    assert espl.grade(task, [(x, texts[0])]) == [(1.0, "correct")] and file.read_text() == "kept"
+    assert "espl" not in capfd.readouterr().err
+
+
+def test_gym_with_its_package():
+    pytest.importorskip("reasoning_gym", reason="pip install reasoning-gym")
+    make = lambda spec: espl.load_task(espl.parse_args(["--task", "gym", "--train-size", "5", "--test-size", "4",
+                                                        "--gym", spec]))
+    task = make("chain_sum:max_digits=2")
+    for problems, size in ((task.train, 2), (task.test, 3)):  # levels 0 and 1: that many terms
+        sums = [re.search(r"problem: (.*) =", x.question)[1].split() for x in problems]
+        assert [len(s) // 2 + 1 for s in sums] == [size] * 4
+        assert [str(eval(" ".join(s))) for s in sums] == [x.answer for x in problems]
+    x = task.test[0]
+    assert espl.grade(task, [(x, f"<answer>{a}</answer>") for a in (x.answer, "x")]) == [(1, "correct"), (0, "wrong")]
+    task = make("spiral_matrix")  # its grader calls eval
+    assert espl.grade(task, [(task.test[0], "<answer>exit()</answer>")]) == [(0, "wrong")]
+    with pytest.raises(espl.UserError, match="it has chain_sum"):
+        make("chain_sums")
 
 
 @pytest.mark.parametrize("rewards, outcomes, contrast, grades", [
@@ -1885,9 +2095,9 @@ G4 = {"G0": "zero", "G1": "one", "G2": "two", "G3": "three"}
 FOUR = list(G4.values())
 
 
-def applied(ops, principles=G4, kinds=ALL_KINDS, problems=(), **flags):
-    dropped = Counter()
-    return espl.apply_operations(principles, ops, kinds, list(problems), espl.Config(**flags), dropped), dict(+dropped)
+def applied(ops, principles=G4, kinds=ALL_KINDS, problems=(), control=None, texts={}, **flags):
+    r = espl.Tournament([], [], 0, None, None, espl.Config(**flags), control=control, texts=texts)
+    return espl.apply_operations(principles, ops, kinds, list(problems), r), dict(+r.dropped)
 
 
 @pytest.mark.parametrize("ops, result", [
@@ -1959,6 +2169,39 @@ def test_duplicates_and_the_cap_on_principles():
     assert [t.lower() for t in result] == [*FOUR, "a"] and dropped == {"duplicate": 2, "too many principles": 1}
 
 
+# ---- Echoes of the request ----
+
+
+def examples(texts):
+    return [op["principle"] for name in ("critique", "aggregate", "crossover")
+            for op in espl.parse_operations(texts[name]) if "principle" in op]
+
+
+def test_echoes_of_a_request_are_dropped_and_counted(math_task):
+    """Its examples and sentences; also with a word changed, left out or added, in another order and case."""
+    echoes = [*examples(math_task.texts), "Where exactly did each failed one go wrong?", "Could it be chance",
+              "not repeat another principle of the list"]
+    assert len(echoes) > 8
+    for text in echoes:
+        words = text.split()
+        for changed in (words, words[1:], words[:-1], [*words, "G7"], words[::-1], [*words[:3], "new", *words[4:]]):
+            said = " ".join(changed).upper()
+            assert applied([add(said)], texts=math_task.texts) == (FOUR, {"copies the request": 1}), said
+    honest = ["When a sum runs over divisors, pair each divisor with its cofactor.", "Check units.", "two", "Add",
+              "When asked for the number of digits, write the answer as a power of ten.", "write", "of the list",
+              "If G3 applies, take the place value of each digit.", "Say what the new variable stands for."]
+    assert applied([add(text) for text in honest], {}, texts=math_task.texts) == (honest, {})
+    seeded = math_task.texts | {"principles": "Always draw the figure before you compute."}
+    assert len(applied([add(seeded["principles"])], texts=seeded)[0]) == 5  # the root's are principles
+
+
+def test_a_model_that_only_echoes_breeds_nothing(math_task):
+    example = math_task.texts["critique"].partition("```json")[2].partition("```")[0].replace("G3", "G1")
+    ask = Script(summarize=["s"] * 4, critique=[example, example])
+    child, reflection = mutation_of(ask, texts=math_task.texts)
+    assert "no valid proposal (0 of 2" in child and +reflection.dropped == {"copies the request": 4}
+
+
 # ---- Leaks ----
 
 
@@ -1999,10 +2242,11 @@ GROUPS = [group("a", [1, 0]), group("b", [0, 0]), group("c", [-0.1, 1.0]), group
 PARENT = espl.SystemPrompt(4, ["zero", "one"])
 
 
-def mutation_of(ask, groups=GROUPS, **flags):
+def mutation_of(ask, groups=GROUPS, texts={}, **flags):
     """(the child's principles, or why there is none; the reflection) of a mutation of PARENT, which did best."""
     other = [espl.Group(g.problem, [], [], []) for g in groups]
-    reflection = espl.Tournament([None, PARENT], [other, groups], 1, ask, espl.parse_operations, espl.Config(**flags))
+    reflection = espl.Tournament([None, PARENT], [other, groups], 1, ask, espl.parse_operations, espl.Config(**flags),
+                                 texts=texts)
     try:
         child, parents = espl.mutate(reflection)
         assert parents == [PARENT]
@@ -2161,6 +2405,61 @@ def test_pass_at_k_is_the_share_of_lucky_subsets(n, monkeypatch):
             assert result[f"test_pass@{k}"] == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
+# ---- the 2 x 2 table ----
+
+
+@pytest.mark.parametrize("mode, tested, trained", [
+    ("espl", 1, True), ("espl", 0, True), ("espl", 1, False), ("rl", 0, True), ("evolution", 1, True),
+    ("evolution", 0, True)])
+def test_the_table_is_brute_force_arithmetic_over_its_cells(mode, tested, trained, monkeypatch):
+    """Cells that exist are sampled once each; gains and their intervals are those of paired problems."""
+    from scipy.stats import bootstrap
+    rng, sampled = np.random.default_rng(0), []
+    solved = rng.random((2, 2, 40, 4)) < rng.choice([0.1, 0.9], (40, 1))  # of [weights, prompt, problem, response]
+
+    def sample_groups(run, pairs, split, iteration):
+        sampled.append((split, pairs[0][0].id))
+        before = split == "test_before" or mode == "evolution" or not trained
+        found = [solved[0 if before else 1, s.id, int(x.id)] for s, x, n in pairs if n == 4]
+        return [espl.Group(x, [], list(map(float, r)), ["correct" if y else "wrong" for y in r])
+                for r, (_, x, _) in zip(found, pairs)]
+
+    monkeypatch.setattr(espl, "sample_groups", sample_groups)
+    population = population_of((25, 8), (25, 1))[: tested + 1]
+    run = SimpleNamespace(config=espl.Config(mode=mode, test_samples=4), population=population, evaluations=[],
+                          task=SimpleNamespace(val=[], test=[espl.Problem(str(i), "", ()) for i in range(40)]))
+    result = espl.evaluate(run, int(trained), table=True)
+    table, weights = result["table"], ["before", "after"][: 1 + (mode != "evolution" and trained)]
+    names = [f"{w}, {p}" for w in weights for p in ["root", "best"][: 1 + tested]]
+    assert len(sampled) == len(set(sampled)) == len(names) and sampled[0] == ("test", tested)
+    assert list(table) == ["reward", "pass@1", "pass@2", "pass@4"] and table["reward"] == table["pass@1"]
+    for measure, n in (("reward", 1), ("pass@2", 2), ("pass@4", 4)):  # one of n solves it
+        cell = {f"{w}, {p}": np.mean([list(map(any, itertools.combinations(r, n))) for r in solved[i, k]], 1)
+                for i, w in enumerate(["before", "after"]) for k, p in enumerate(["root", "best"])}
+        expected = {name: cell[name] for name in names}
+        if tested:
+            expected["prompt alone"] = cell["before, best"] - cell["before, root"]
+        if len(weights) == 2:
+            expected["weights alone"] = cell["after, root"] - cell["before, root"]
+        if len(names) == 4:
+            expected["both"] = cell["after, best"] - cell["before, root"]
+            expected["interaction"] = (cell["after, best"] - cell["before, best"]) - (
+                cell["after, root"] - cell["before, root"])
+        assert table[measure].keys() == expected.keys()
+        for name, x in expected.items():
+            interval = bootstrap([x], np.mean, method="percentile", n_resamples=4000, random_state=1)
+            mean, low, high = table[measure][name]
+            assert mean == pytest.approx(x.mean())
+            assert [low, high] == pytest.approx(list(interval.confidence_interval), abs=0.026)
+    assert result["test"] == table["reward"][names[-1]][0]
+    text = espl.table_text(table, 7, "pass@2").split("\n")
+    assert len(text) == 1 + len(weights) + len(expected) - len(names)
+    assert "root prompt" in text[0] and ("prompt 7" in text[0]) == bool(tested)
+    shown = [float(x) for line in text[1:] for x in re.findall(r"[+-]?\d\.\d{3}", line)]
+    assert shown == pytest.approx([x for values in table["pass@2"].values() for x in values], abs=6e-4)
+
+
+
 # ======================================================================================================================
 # 3. Grading: expected verdicts are worked out by hand, never by the grader
 # ======================================================================================================================
@@ -2215,22 +2514,100 @@ def test_integers_need_no_process(monkeypatch):
         assert grade(gold, answer) == "correct", (gold, answer)
     for gold, answer in [("42", "43"), ("42", "-42"), ("1000", "1"), ("9" * 500, "9" * 499 + "8"), ("3", "3" * 5000)]:
         assert grade(gold, answer) == "wrong", (gold, answer)
+    assert grade("7", " " * 2000 + "7") == "correct"
 
 
-EQUAL = [(r"\frac{3}{8}", "3/8"), (r"\frac{3}{8}", r"$\dfrac{6}{16}$."), (r"1\frac14", "1.25"), (r"\sqrt8", r"2\sqrt2"),
-         (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), (r"4a-2", "2(2a - 1)"), ("5", "x = 5"), ("5", r"\frac{10}{2}"),
-         ("120", r"5!"), (r"(1, \frac{\pi}{2})", r"\left(1, \pi/2\right)"), ("1, 2, 3", r"\{3, 2, 1\}"),
-         ("[0, 1)", r"\left[0, 1\right)"), (r"(-\infty, 0) \cup [2, 3]", r"[2, 3] \cup (-\infty, 0)"), (r"25\%", "25"),
-         (r"120^\circ", "120"), (r"\$6", "6.00"), ("100", r"100\text{ square units}"), ("C", r"\text{(C)}")]
-UNEQUAL = [(r"\frac{3}{8}", r"\frac{8}{3}"), (r"\frac13", "0.333"), (r"2\sqrt3", "3.4641"), (r"\pi", "3.14"),
-           ("(1, 2)", "(2, 1)"), ("(1, 2)", "[1, 2]"), ("1, 2", "1, 2, 3"), ("6", r"5 \text{ or } 6"),
-           ("6", "$5$ or $6$"), ("42", "the value) is ( 42"), ("42", "7 ^ ^ 42"), ("x+1", "x-1"),
-           ("5", r"\text{five}"), ("5", "1/0"), (r"\text{no}", r"\text{yes}")]
+PAIRS = r"""
+= 35 :: 35.0\% :: 35\% :: 35.00 :: \$35 :: 35 \text{ dollars} :: x = 35
+# 35 :: 3.5\% :: 0.35 :: 35.1\% :: 35 \text{ or } 36 :: 35 \text{ or 36}
+= 12.5 :: 12.5\% :: \frac{25}{2} :: 12\frac{1}{2} :: $12.5\%$.
+# 12.5 :: 1.25\% :: 125\% :: 12
+= 0.125 :: 12.5\% :: \frac18 :: .125
+= 12.5\% :: 12.5 :: \frac18
+= 50\% :: \frac12 :: 0.5 :: 50
+# 0.5 :: 0.5\% :: 5\%
+= 1000 :: 1\ 000 :: 1\,000.00 :: 1{,}000.0 :: 1~000.0 :: 1 000 :: 10^3 :: 1,\!000
+# 1000 :: 1\,0000 :: 1{,}001 :: 1\,000\,000
+= 1234567.5 :: 1\,234\,567.5 :: 1,234,567.5
+= 7 :: \log_2 128 :: \log_2\,128 :: \sqrt{49} :: 7.
+= \pi :: \pi. :: $\pi.$ :: \frac{2\pi}{2}
+# \pi :: 3.14 :: 2\pi :: \pi.5 :: 180
+= \frac{3}{8} :: 3/8 :: $\dfrac{6}{16}$. :: \tfrac38
+# \frac{3}{8} :: \frac{8}{3} :: -\frac38 :: 0.38
+= 1\frac14 :: 1.25 :: \frac54
+= \emptyset :: \varnothing :: \{\} :: \varnothing.
+=! \emptyset :: \text{no solution} :: \{ \}
+# \emptyset :: \{0\} :: 0 :: \{1\}
+= \frac{\pi}{2} :: 90^\circ :: 90^{\circ} :: 90° :: 0.5\pi :: \pi/2
+# \frac{\pi}{2} :: 90 :: 45^\circ :: \pi
+= 90^\circ :: \frac{\pi}{2} :: 90 :: 90°
+# 90^\circ :: 60^\circ :: \frac{\pi}{3}
+= 120 :: 120^\circ :: 120\text{ degrees} :: 5!
+= \frac12 :: \sin 30^\circ
+= 1\le x<2 :: [1,2) :: x\in[1,2)
+=! 1\le x<2 :: 2>x\ge1
+# 1\le x<2 :: [1,2] :: x<2
+= [1,2) :: 1\le x<2 :: 1\leq x<2. :: \left[1, 2\right)
+# [1,2) :: [1,2] :: (1,2) :: 1<x\le2
+= (-\infty, 0) \cup [2, 3] :: [2, 3] \cup (-\infty, 0)
+= \frac13 :: 0.\overline{3} :: 0.\overline{33} :: \frac{2}{6} :: 3^{-1}
+# \frac13 :: 0.3 :: 0.333 :: 0.0\overline{3} :: 0.\overline{34}
+= -\frac16 :: -0.1\overline{6} :: \frac{-1}{6}.
+= 2.\overline{3} :: \frac{7}{3}
+= i :: \sqrt{-1}
+= \sqrt{-1} :: i
+# i :: -i :: 1
+= 1+2i :: 1+2\sqrt{-1} :: 2i+1
+=! 2i :: \sqrt{-4}
+= 468 :: 468.0 :: n=468 :: 2\cdot 234=468 :: 468=468
+=! 468 :: 468 = n
+# 468 :: 467=468 :: 468=467 :: 468 \text{ (not 467)} :: 467 \text{ or } 468 :: 468, 467 :: x=467=468
+# 468 :: 468 \text{, or maybe 467}
+= 2\sqrt3 :: \sqrt{12} :: 2\sqrt{3}\text{ cm} :: \frac{6}{\sqrt3} :: 2\cdot 3^{1/2}
+# 2\sqrt3 :: 3\sqrt2 :: 3.4641 :: -2\sqrt3
+= 1,2 :: 2,1 :: \{1,2\} :: 1 \text{ and } 2 :: 1\text{ or }2
+= 1, 2, 3 :: \{3, 2, 1\}
+# 1,2 :: 1 :: 1,2,3 :: 1,3
+#! \{1,2\} :: (1,2)
+#! 1,-2 :: (-2,1)
+#! (1,2) :: \{1,2\}
+= (1,\frac{\pi}{2}) :: \left(1,\pi/2\right) :: (1,\ \frac{\pi}{2}). :: (1, 90^\circ)
+# (1,2) :: (2,1) :: [1,2] :: (1,2,3)
+= x^2-1 :: (x-1)(x+1) :: -1+x^2 :: x^2 - 1.
+# x^2-1 :: x^2+1 :: (x-1)^2 :: y^2-1
+= 4a-2 :: 2(2a - 1)
+= y=2x+3 :: y = 3+2x :: 2x+3
+# y=2x+3 :: y=2x-3
+= \begin{pmatrix}1\\2\end{pmatrix} :: \begin{bmatrix}1\\2\end{bmatrix}
+# \begin{pmatrix}1\\2\end{pmatrix} :: \begin{pmatrix}2\\1\end{pmatrix}
+# \infty :: -\infty
+= C :: \text{C} :: \text{(C)} :: \textbf{(C)}
+# C :: D :: \text{(B)}
+= \$6 :: 6.00 :: 6
+= 100 :: 100\text{ square units}
+# 6 :: 5 \text{ or } 6 :: $5$ or $6$ :: \text{half a dozen, or 5}
+# 42 :: the value) is ( 42 :: 7 ^ ^ 42
+# 5 :: 1/0 :: \text{V or 4}
+=! 5 :: \text{five}
+# \text{no} :: \text{yes}
+= 5 \text{ m} :: 5 :: 5\text{ metres}
+#! 5 \text{ m} :: 5 \text{ cm} :: 5\text{ kg}
+#! 1.4142135 :: \sqrt2
+#! 0.10000001 :: 0.1
+= \binom{5}{2} :: 10
+= \frac{1}{\sqrt{2}} :: \frac{\sqrt{2}}{2} :: 2^{-1/2}
+"""  # lines of =, for equal in a mathematician's eye, or #, then a gold and answers; !: math-verify judges otherwise
 
 
-def test_equal_and_unequal_answers_in_another_form():
-    verdicts = dict(zip(EQUAL + UNEQUAL, grade_answers(EQUAL + UNEQUAL)))
-    assert verdicts == dict.fromkeys(EQUAL, "correct") | dict.fromkeys(UNEQUAL, "wrong")
+def test_a_table_of_answers_judged_by_hand():
+    """All in one call. What math-verify is known to judge otherwise (docs/grading.md) is to be struck off when it no
+    longer does."""
+    rows = [line.split(" :: ") for line in PAIRS.strip().split("\n")]
+    table = [(*gold.split(" ", 1), answer) for gold, *answers in rows for answer in answers]
+    assert len(table) > 150
+    outcomes = grade_answers([(gold, answer) for _, gold, answer in table])
+    expected = ["correct" if (mark[0] == "=") != ("!" in mark) else "wrong" for mark, _, _ in table]
+    assert [row for row, outcome, right in zip(table, outcomes, expected) if outcome != right] == []
 
 
 def test_any_of_several_answers_will_do():
@@ -2438,6 +2815,9 @@ def test_run_directory(run_of, mode):
         assert m["response_tokens"] == pytest.approx(np.mean([r["tokens"] for r in made]))
         assert m["truncated"] == pytest.approx(np.mean([r["stop"] == "length" for r in made]))
         assert m["outcomes"] == Counter(r["outcome"] for r in made)
+        assert m["tokens"].get("rollouts", 0) == sum(r["tokens"] for r in made) > 0
+        assert m["tokens"].get("evaluation", 0) == sum(
+            r["tokens"] for r in rollouts if r["iteration"] == m["iteration"] and r["split"] != "train")
     assert 0 < np.mean([m["reward_mean"] for m in lines[1:]]) < 1  # else these tests would show nothing
 
 
@@ -2464,6 +2844,93 @@ def test_what_learns(run_of, mode):
     assert mode != "evolution" or {s["operation"] for s in prompts} == {"root", "mutation", "crossover"}
     assert all(h["value"] == lines[h["iteration"]]["rewards"][str(s["id"])] for s in prompts for h in s["history"])
     assert any(m.get("dropped", {}).get("unknown operation") for m in lines)        # "add" in a revision plan
+
+
+@pytest.mark.parametrize("mode", espl.MODES)
+def test_the_last_line_has_the_table_of_the_rollouts(run_of, mode):
+    lines, rollouts = metrics(run_of(mode)), read_lines(run_of(mode), "rollouts.jsonl")
+    assert ["table" in m for m in lines] == [False, False, False, True]
+    table, tested = lines[-1]["table"], lines[-1]["prompt"]
+    assert tested or mode != "reflection"                                           # the newest prompt is tested
+    cells = [name for name in table["reward"] if ", " in name]
+    assert len(cells) == (1 + (mode in ("espl", "rl"))) * (1 + (tested > 0))
+    for name in cells:
+        w, _, p = name.partition(", ")
+        split, prompt = "test" if name == cells[-1] else f"test_{w}", tested if p == "best" else 0
+        rewards = [r["reward"] for r in rollouts if (r["split"], r["prompt"], r["iteration"]) == (split, prompt, 3)]
+        assert len(rewards) == 6 and table["reward"][name][0] == pytest.approx(np.mean(rewards))
+    assert f"\n{espl.table_text(table, tested, 'reward')}\n" in espl.closing_report(run_of(mode))
+
+
+def test_cells_of_the_table_share_their_seeds_and_differ_in_weights(run_of):
+    run, rollouts = run_of("rl"), read_lines(run_of("rl"), "rollouts.jsonl")
+    prompts = [run.chat.ids(espl.system_text(run.task, []), x.question) for x in run.task.test]
+    found = []
+    for split, theta in (("test_before", run.policy.theta_ref), ("test", run.policy.theta)):
+        with jax.set_mesh(run.policy.mesh):
+            groups = espl.generate(run.policy, theta, prompts, [2] * 3, espl.Sampling(1, 1, 12, run.seed("test/3")))
+        found += [[run.chat.text(y.tokens, prompt) for prompt, group in zip(prompts, groups) for y in group]]
+        assert found[-1] == [r["response"] for r in rollouts if (r["split"], r["iteration"]) == (split, 3)]
+    assert found[0] != found[1]
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def test_eval_only(world, run_of, tmp_path, capsys):
+    """Of a run: the table that it ended with, or another one, and the run's files stay as they are."""
+    run = run_of("espl")
+    before, resume = contents(run.directory), ["--eval-only", "--resume", run.directory]
+    again = play([*resume, "--run-dir", tmp_path / "again"])
+    assert [m["table"] for m in metrics(again)] == [metrics(run)[-1]["table"]]
+    assert equal(again.policy.theta, run.policy.theta) and len(again.task.train + again.task.val) == 0
+    assert espl.table_text(metrics(again)[0]["table"], metrics(run)[-1]["prompt"], "pass@2") in capsys.readouterr().out
+    other = file(tmp_path, *({"problem": f"problem w{i}", "answer": i % 4} for i in range(5)))
+    more = play([*resume, "--run-dir", tmp_path / "more", "--test-file", other, "--test-prompt", "latest",
+                 "--test-samples", 5, "--temperature", 0.8, "--max-new-tokens", 4])
+    [m], rollouts, latest = metrics(more), read_lines(more, "rollouts.jsonl"), run.population[-1].id
+    assert set(m["table"]) == {"reward", "pass@1", "pass@2", "pass@4", "pass@5"} and m["prompt"] == latest > 0
+    cells = {"before, root": ("test_before", 0), "before, best": ("test_before", latest),
+             "after, root": ("test_after", 0), "after, best": ("test", latest)}
+    for name, cell in cells.items():
+        rewards = [r["reward"] for r in rollouts if (r["split"], r["prompt"]) == cell]
+        assert len(rewards) == 25 and m["table"]["reward"][name][0] == pytest.approx(np.mean(rewards))
+    assert len(m["table"]["reward"]) == 8 and len(rollouts) == 100 and max(r["tokens"] for r in rollouts) == 4
+    assert m["tokens"] == {"evaluation": sum(r["tokens"] for r in rollouts)}
+    assert contents(run.directory) == before
+    last = play([*resume, "--run-dir", tmp_path / "last", "--no-table", "--test-prompt", "latest"])
+    cell = metrics(last)[0]["table"]["reward"]
+    assert list(cell) == ["after, best"] and len(read_lines(last, "rollouts.jsonl")) == 6
+    assert espl.table_text({"reward": cell}, latest, "reward").split("\n")[0].split()[-2:] == ["prompt", str(latest)]
+    best = play([*resume, "--eval-from", "best"])                                   # by default in RUN/eval-<time>
+    [m], picked, after = metrics(best), espl.summary(run.evaluations)["picked by validation"], contents(run.directory)
+    assert (m["iteration"], m["prompt"], m["test"]) == tuple(picked[k] for k in ("iteration", "prompt", "test"))
+    assert {path: after[path] for path in before} == before and best.directory.parent == run.directory
+    assert {path.parent for path in after.keys() - before.keys()} == {best.directory}
+    shutil.rmtree(best.directory)
+
+
+def test_eval_only_of_a_model(world, tmp_path, capsys):
+    """A baseline: no run, no training problems, one cell."""
+    kept = dict(train_file=None, run_dir=tmp_path / "run", test_samples=3)
+    run = play([*flags(world, **{"directory": None} | kept), "--eval-only"])
+    [m], rollouts = metrics(run), read_lines(run, "rollouts.jsonl")
+    assert list(m["table"]["reward"]) == ["before, root"] and (m["iteration"], m["prompt"]) == (0, 0)
+    mean = np.mean([r["reward"] for r in rollouts])
+    assert m["table"]["reward"]["before, root"][0] == m["test"] == pytest.approx(mean)
+    assert len(rollouts) == 9 and {r["split"] for r in rollouts} == {"test"}
+    assert "evaluation on test: 0 training, 0 validation, 3 test problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--batch-size", 5], "--batch-size cannot change"), (["--seed", 5], "--seed cannot change"),
+    ([], "there is no checkpoint in .*checkpoints"), (["--eval-from", "best"], "there is no checkpoint in .*best")])
+def test_bad_eval_only(run_of, tmp_path, capsys, more, message):
+    shutil.copy(run_of("rl").directory / "config.json", tmp_path)
+    assert espl.main([str(a) for a in ["--eval-only", "--resume", tmp_path, *more]]) == 2
+    assert re.search(f"espl: error: .*{message}.*\n", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_missing_prompts_leave_their_rollouts_to_the_others(run_of):
@@ -2510,8 +2977,10 @@ class Killed(BaseException):
     pass
 
 
-def improving(run, pairs, split, iteration, sample_groups=espl.sample_groups):
+def improving(run, pairs, split, iteration, stop=None, sample_groups=espl.sample_groups):
     """sample_groups, with better rewards on validation from iteration to iteration."""
+    if stop and iteration == 4:
+        raise stop
     groups = sample_groups(run, pairs, split, iteration)
     for g in groups if split == "val" else ():
         g.rewards = [iteration / 10] * len(g.rewards)
@@ -2526,9 +2995,11 @@ def whole_run(world):
     return play(flags(world, world / "whole", **FOUR_ITERATIONS), sample_groups=improving)
 
 
-@pytest.mark.parametrize("save_every, stop, again", [(1, KeyboardInterrupt, ["4"]), (2, Killed, ["3", "4"])])
+@pytest.mark.parametrize("save_every, stop, again", [
+    (9, KeyboardInterrupt(signal.SIGTERM), ["4"]), (2, Killed(), ["3", "4"])], ids=["stopped", "killed"])
 def test_resumed_equals_uninterrupted(world, whole_run, tmp_path, capsys, save_every, stop, again):
-    """Stopped before iteration 4's checkpoint, with debris in the logs. Validation improves, so `best` is saved."""
+    """Ended before iteration 4's checkpoint, with debris in the logs. Validation improves, so `best` is saved. Stopped
+    while it samples, a run saves what iteration 3 left; a kill after the line of iteration 4 saves nothing."""
     print_line, broken, whole = espl.print_line, tmp_path / "broken", whole_run
 
     def stopping(run, m):
@@ -2537,8 +3008,11 @@ def test_resumed_equals_uninterrupted(world, whole_run, tmp_path, capsys, save_e
             raise stop
 
     try:
-        play(flags(world, broken, save_every=save_every, **FOUR_ITERATIONS), 130, sample_groups=improving, print_line=stopping)
-        assert f"--resume {broken}" in capsys.readouterr().err
+        killed = dict(sample_groups=improving, print_line=stopping)
+        stopped = dict(sample_groups=partial(improving, stop=stop))
+        play(flags(world, broken, save_every=save_every, **FOUR_ITERATIONS), 143,
+             **(killed if isinstance(stop, Killed) else stopped))
+        assert f"interrupted by SIGTERM; continue with: python espl.py --resume {broken}" in capsys.readouterr().err
     except Killed:
         pass
     with open(broken / "rollouts.jsonl", "a") as f:
@@ -2546,8 +3020,9 @@ def test_resumed_equals_uninterrupted(world, whole_run, tmp_path, capsys, save_e
     with open(broken / "metrics.jsonl", "a") as f:
         f.write('{"iteration": 5, "reward_mean": 0.')
     capsys.readouterr()
-    resumed = play(["--resume", broken], sample_groups=improving)
-    assert re.findall(r"^ +(\d) \|", capsys.readouterr().out, re.M) == again
+    resumed, said = play(["--resume", broken], sample_groups=improving), capsys.readouterr()
+    assert re.findall(r"^ +(\d) \|", said.out, re.M) == again
+    assert re.findall(r"the last line of (.*) was incomplete", said.err) == [str(broken / "metrics.jsonl")]
     assert metrics(resumed) == metrics(whole) and prompts_of(resumed) == prompts_of(whole)
     for name in ("rollouts.jsonl", "reflections.jsonl"):
         assert (broken / name).read_bytes() == (whole.directory / name).read_bytes()
@@ -2711,9 +3186,10 @@ def test_a_tracker_gets_the_numbers_of_every_iteration(world, tmp_path, monkeypa
 # ---- what must not end a run, and what must --------------------------------------------------------------------------
 
 
-def test_a_batch_without_signal_is_a_logged_no_op(world, tmp_path):
+def test_a_batch_without_signal_is_a_logged_no_op(world, tmp_path, capsys):
     hopeless = write_jsonl(tmp_path / "t.jsonl", [{"problem": f"problem {i}", "answer": 77} for i in range(5)])
-    run = play(flags(world, tmp_path / "run", train_file=hopeless, iterations=1, val_size=0))
+    run = play(flags(world, tmp_path / "run", train_file=hopeless, iterations=1, val_size=0, batch_size=6))
+    assert "--batch-size 6: there are 5 training problems" in capsys.readouterr().err
     m = metrics(run)[1]
     assert m["skipped"] and "loss" not in m and not m["children"] and set(m["no_child"]) == {"mutation", "crossover"}
     assert equal(run.policy.theta, run.policy.theta_ref) and "val" not in m
@@ -2737,7 +3213,7 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
         return (fail if "reflecting" in args[4].label else generate)(*args)
 
     patches = {"open": dict(open=full_disk),
-               "subprocess": dict(plain_integer=lambda text: None, subprocess=SimpleNamespace(
+               "subprocess": dict(readings=lambda text: [f"{text}x"], subprocess=SimpleNamespace(
                    run=full_disk, TimeoutExpired=subprocess.TimeoutExpired)),
                "runpy": dict(runpy=SimpleNamespace(run_path=fail), generate=reflecting_fails)}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
@@ -2794,11 +3270,108 @@ def test_interrupted_from_outside(world, tmp_path, ctrl_c):
     assert [m["iteration"] for m in metrics(play(["--resume", tmp_path / "run"]))] == [0, 1]
 
 
+def test_killed_and_terminated_from_outside(world, run_of, tmp_path):
+    """SIGKILL as iteration 1 begins; SIGTERM to what goes on, where SIGINT is ignored, as of `nohup … &`."""
+    whole = run_of("rl")
+    begin = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-u", espl.__file__]
+    for argv, seen, signals, code in ((flags(world, tmp_path / "run", mode="rl"), "   0 |", ["KILL"], -9),
+                                      (["--resume", str(tmp_path / "run")], "writing", ["INT", "TERM"], 143)):
+        process = subprocess.Popen([*begin, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert any(line.startswith(seen) for line in process.stdout)
+        for name in signals:
+            process.send_signal(getattr(signal, f"SIG{name}"))
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == code and "Traceback" not in error
+    assert error.strip().split("\n")[-1] == ("espl: interrupted by SIGTERM; continue with: python espl.py "
+                                             f"--resume {tmp_path / 'run'}")
+    resumed = play(["--resume", tmp_path / "run"])
+    assert metrics(resumed) == metrics(whole) and equal(resumed.policy.theta, whole.policy.theta)
+    assert (tmp_path / "run" / "rollouts.jsonl").read_bytes() == (whole.directory / "rollouts.jsonl").read_bytes()
+
+
+@pytest.fixture
+def copied(run_of, tmp_path):
+    """A finished run (checkpoints of iterations 2 and 3) whose directory is a copy."""
+    shutil.copytree(run_of("rl").directory, tmp_path / "run")
+    policy = dataclasses.replace(run_of("rl").policy)
+    with jax.set_mesh(policy.mesh):
+        yield dataclasses.replace(run_of("rl"), directory=tmp_path / "run",
+                                  trainer=dataclasses.replace(run_of("rl").trainer, policy=policy))
+
+
+def test_a_fingerprint_tells_a_single_bit():
+    weights, bits = {"a": jnp.ones((5, 7)), "b": jnp.zeros((), bool)}, np.ones((5, 7), np.float32)
+    bits.view(np.uint32)[3, 2] ^= 1 << 4
+    prints = [espl.fingerprint(*x) for x in ((weights, {"n": 1}), (weights | {"a": jnp.array(bits)}, {"n": 1}),
+                                             (weights | {"b": jnp.ones((), bool)}, {"n": 1}), (weights, {"n": 2}))]
+    assert prints[0] == espl.fingerprint(weights, {"n": 1}) and all(p != prints[0] for p in prints[1:])
+
+
+def restored(run):
+    with espl.checkpoint_manager(run, "checkpoints", keep=2) as manager:
+        return espl.restore_checkpoint(run, manager)
+
+
+def flip(path):
+    """Damages what is in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda d: [flip(path) for path in d.glob("weights/**/d/*")],
+    lambda d: (d / "loop" / "metadata").write_text((d / "loop" / "metadata").read_text().replace("25.0", "26.0")),
+    lambda d: shutil.rmtree(d / "weights")], ids=["weights", "population", "missing"])
+def test_a_damaged_checkpoint_is_left_for_the_one_before(copied, capsys, damage):
+    folder = copied.directory / "checkpoints"
+    capsys.readouterr()
+    assert restored(copied) == 3 and not capsys.readouterr().err
+    latest = jax.tree.map(np.array, copied.policy.theta)
+    damage(folder / "3")
+    assert restored(copied) == 2 and metrics(copied)[-1]["iteration"] == 2
+    assert not equal(copied.policy.theta, latest)
+    assert f"warning: the checkpoint {folder / '3'} is damaged: " in capsys.readouterr().err
+    shutil.rmtree(folder / "2" / "loop")
+    with pytest.raises(espl.UserError, match="no checkpoint in .* is whole"):
+        restored(copied)
+    assert metrics(copied)[-1]["iteration"] == 2  # the logs are as they were
+
+
+@contextlib.contextmanager
+def files_limited_to(size):
+    """As on a full disk: a file may not grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_what_there_is(copied, capfd):
+    folder = copied.directory / "checkpoints"
+    capfd.readouterr()
+    with files_limited_to(1000):
+        espl.save_checkpoint(copied, 4)
+    [line] = capfd.readouterr().err.strip().split("\n")
+    needed = sum(x.nbytes for x in jax.tree.leaves((copied.policy.theta, copied.trainer.opt_state)))
+    assert f"in {folder}: " in line and f"up to {needed:,} bytes" in line and needed > 1000
+    assert sorted(p.name for p in folder.iterdir() if "tmp" not in p.name) == ["2", "3"]
+    espl.save_checkpoint(copied, 4)  # there is room again
+    assert sorted(p.name for p in folder.iterdir()) == ["3", "4"] and restored(copied) == 4
+    before = (copied.directory / "metrics.jsonl").read_bytes()
+    with files_limited_to(len(before) + 20):
+        copied.append("metrics.jsonl", [{"iteration": 5, "text": "x" * 100}])
+        assert (copied.directory / "metrics.jsonl").read_bytes() == before  # no half line
+    assert re.search(r"could not write \S+/metrics.jsonl: .*; 1\d\d characters", capfd.readouterr().err)
+
+
 def test_later_checkpoints_of_a_killed_run_are_replaced(run_of, tmp_path):
-    with espl.checkpoint_manager(run_of("rl"), str(tmp_path / "other"), keep=1) as manager:
-        for iteration in (8, 6):  # orbax itself ignores a step that is not the latest
-            espl.save_checkpoint(run_of("rl"), manager, iteration)
-            assert list(manager.all_steps()) == [iteration]
+    for iteration in (8, 6):  # orbax itself ignores a step that is not the latest
+        with jax.set_mesh(run_of("rl").policy.mesh):
+            espl.save_checkpoint(run_of("rl"), iteration, str(tmp_path / "other"), keep=1)
+        assert [p.name for p in (tmp_path / "other").iterdir()] == [str(iteration)]
 
 
 def test_the_objective_is_a_mean_over_all_rollouts(run_of):
@@ -2812,7 +3385,7 @@ def test_the_objective_is_a_mean_over_all_rollouts(run_of):
 
 def test_prompts_that_did_equally_well_tie_exactly(world, tmp_path):
     """As means of means V_i of equal prompts would differ by rounding, which would then decide which one is mutated."""
-    rewards, seen = [[[1, 0, 0, 0, 0]] * 3 + [[0] * 5], [[1, 1, 1, 0, 0]] + [[0] * 5] * 3], []
+    rewards, seen, made = [[[1, 0, 0, 0, 0]] * 3 + [[0] * 5], [[1, 1, 1, 0, 0]] + [[0] * 5] * 3], [], []
     prompts = [espl.SystemPrompt(i, [str(i)]) for i in range(2)]
 
     def sampled(run, pairs, split, iteration, sample_groups=espl.sample_groups):
@@ -2821,19 +3394,49 @@ def test_prompts_that_did_equally_well_tie_exactly(world, tmp_path):
             group.rewards = r
         return groups
 
-    play(flags(world, tmp_path / "run", mode="evolution", num_prompts=2, iterations=1), sample_groups=sampled,
-         select=lambda *_: prompts, breed=lambda *_: {}, update_ratings=lambda _, values, *__: seen.append(values))
+    run = play(flags(world, tmp_path / "run", mode="evolution", num_prompts=2, iterations=1), sample_groups=sampled,
+               select=lambda *_: prompts, breed=lambda _, r, i: made.append(r) or {},
+               update_ratings=lambda _, values, *__: seen.append(values))
+    assert made[0].texts == run.task.texts and made[0].control is run.chat.control  # what no principle may say
     assert np.mean([np.mean(r) for r in rewards[0]]) != np.mean([np.mean(r) for r in rewards[1]])
     assert seen == [[0.15, 0.15]]
 
 
-def test_a_gradient_that_is_not_finite_makes_no_step(world, tmp_path):
+def test_gradients_that_are_not_finite_make_no_step_and_end_the_run(world, tmp_path, capsys):
+    """After five in a row; it can be resumed, and then goes on with the next batch."""
     def spoilt(*args, add_gradient=espl.add_gradient):
         gradient, metrics = add_gradient(*args)
         return jax.tree.map(lambda g: g * np.nan, gradient), metrics
 
-    run = play(flags(world, tmp_path, mode="rl", iterations=1, eval_every=9), add_gradient=spoilt)
-    assert equal(run.policy.theta, run.policy.theta_ref) and np.isnan(metrics(run)[1]["grad_norm"])
+    given = dict(mode="rl", iterations=7, eval_every=9, test_samples=1, val_size=0, save_every=9, learning_rate=1e-4)
+    run = play(flags(world, tmp_path / "run", **given), 2, add_gradient=spoilt)
+    [line] = [x for x in capsys.readouterr().err.split("\n") if x.startswith("espl: error: ")]
+    lines, offending = metrics(run), read_lines(run, "not_finite.jsonl")
+    assert "5 updates in a row" in line and str(run.directory / "not_finite.jsonl") in line and "--resume" in line
+    assert equal(run.policy.theta, run.policy.theta_ref) and np.isnan(lines[1]["grad_norm"])
+    assert [m["not_finite"] for m in lines[1:]] == [{"weights": 0, "loss": 0, "updates": i + 1} for i in range(5)]
+    assert Counter(r["iteration"] for r in offending) == {m["iteration"]: m["trained_rollouts"] for m in lines[1:]}
+    assert offending[0].keys() == {"iteration", "prompt", "tokens", "logprobs", "advantage"}
+    resumed = play(["--resume", run.directory])
+    assert [m["iteration"] for m in metrics(resumed)] == list(range(8)) and "not_finite" not in metrics(resumed)[7]
+    assert not equal(resumed.policy.theta, resumed.policy.theta_ref)
+
+
+def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(world, tmp_path, capsys):
+    run = play(flags(world, tmp_path / "run", mode="rl", eval_every=9, val_size=0, learning_rate=1e39), 2)
+    number = sum(np.sum(~np.isfinite(w)) for w in jax.tree.leaves(run.policy.theta))
+    assert f"error: {number} weights" in capsys.readouterr().err and number > 0
+    assert metrics(run)[1]["not_finite"] == {"weights": number, "loss": 0, "updates": 0}
+    assert [p.name for p in (run.directory / "checkpoints").iterdir()] == ["0"]
+
+
+def test_out_of_memory_is_one_line(world, tmp_path, capsys):
+    run = play(flags(world, tmp_path / "run", mode="rl", eval_every=9, val_size=0), 2,
+               rl_update=lambda *_: jnp.zeros(2**42).block_until_ready())  # 16 TiB
+    line = capsys.readouterr().err.strip().split("\n")[-1]
+    assert re.match(r"espl: error: out of memory in phase update \(.*17592186044416 bytes.*\); lower ", line)
+    assert len(re.findall("--(?:microbatch-tokens|max-new-tokens|context)", line)) == 3
+    assert line.endswith(f"python espl.py --resume {run.directory}")
 
 
 def test_interrupted_while_loading(world, tmp_path, monkeypatch, capsys):
@@ -2849,6 +3452,19 @@ def model(world, path, name="config.json", text=None, **changes):
     shutil.copytree(world / "model", path)
     config = json.loads((path / "config.json").read_text())
     (path / name).write_text(text or json.dumps(config | changes))
+    return path
+
+
+def model_without(world, path, prefix):
+    for file in model(world, path).glob(f"{prefix}*"):
+        file.unlink()
+    return path
+
+
+def spoilt_model(world, path):
+    tensors = load_file(model(world, path) / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = np.nan
+    save_file(tensors, path / "model.safetensors")
     return path
 
 
@@ -2868,7 +3484,8 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "nan": (lambda w, d: dict(temperature="nan"), "--temperature nan"),
     "loss": (lambda w, d: dict(loss="foo"), "--loss.*foo"),
     "not a number": (lambda w, d: dict(num_rollouts="x"), "--num-rollouts.*x"),
-    "unknown flag": (lambda w, d: dict(no_such_flag=1), "no-such-flag"),
+    "unknown flag": (lambda w, d: dict(no_such_flag=1), "unknown --no-such-flag;"),
+    "misspelt flag": (lambda w, d: dict(batchsize=5), "unknown --batchsize, did you mean --batch-size"),
     "no test file": (lambda w, d: dict(test_file=None), "a missing file; choose another --test-file"),
     "missing file": (lambda w, d: dict(train_file=d / "none.jsonl"), r"cannot read .*none\.jsonl"),
     "directory as file": (lambda w, d: dict(test_file=d), "cannot read"),
@@ -2877,15 +3494,23 @@ BAD = {  # name: (function of world and scratch directory -> changed flags, what
     "malformed": (lambda w, d: dict(train_file=file(d, GOOD, "{oops\n")), r"f\.jsonl:2: not JSON"),
     "not an object": (lambda w, d: dict(train_file=file(d, GOOD, "\n", "[1]\n")), r"f\.jsonl:3: needs an object"),
     "no answer": (lambda w, d: dict(train_file=file(d, {"problem": "p"})), r"f\.jsonl:1: needs .* answer"),
+    "true answer": (lambda w, d: dict(train_file=file(d, GOOD | {"answer": True})), r"f\.jsonl:1: needs .*answer"),
+    "half a pair": (lambda w, d: dict(train_file=file(d, GOOD, '{"problem": "\\ud83d", "answer": 1}')), "l:2: needs"),
+    "no pair": (lambda w, d: dict(task=task(d, "problems = lambda c: []"), train_file=None), "task.py: .*problems"),
+    "task tools": (lambda w, d: dict(task=task(d, "tools = lambda c: 'x'")), "task.py: its texts, tools or problems"),
     "no question": (lambda w, d: dict(test_file=file(d, GOOD | {"problem": " "})), r"f\.jsonl:1: needs .*question"),
     "odd": (lambda w, d: dict(train_file=file(d, {"prompt": [], "reward_model": {}})), r"f\.jsonl:1: needs"),
     "only test problems": (lambda w, d: dict(train_file=w / "test.jsonl"), "also a test problem; choose another --train-file"),
-    "all too long": (lambda w, d: dict(train_file=file(d, *LONG)), "no train problem fits"),
+    "all too long": (lambda w, d: dict(train_file=file(d, *LONG)), "no train .* fits into 128 tokens; use another"),
+    "context too short": (lambda w, d: dict(context=9), "no train problem fits into 9 tokens; raise --context or"),
     "no data set": (lambda w, d: dict(task="aime", train_file=None), "cannot load the data set AI-MO"),
     "no model": (lambda w, d: dict(model="nobody/nothing"), "cannot get nobody/nothing"),
     "no directory": (lambda w, d: dict(model=d / "none"), "no such directory"),
     "model_type": (lambda w, d: dict(model=model(w, d / "m", model_type="gpt2")), "'gpt2' is not supported"),
     "config.json": (lambda w, d: dict(model=model(w, d / "m", text="{oops")), "cannot read config.json"),
+    "config type": (lambda w, d: dict(model=model(w, d / "m", num_hidden_layers="x")), "config.json.*int, got str"),
+    "no tokenizer": (lambda w, d: dict(model=model_without(w, d / "m", "tokenizer")), "need to have sentencepiece"),
+    "nan weights": (lambda w, d: dict(model=spoilt_model(w, d / "m")), "nan or infinity in layers.0.mlp.up_proj"),
     "generation_config": (lambda w, d: dict(model=model(w, d / "m", "generation_config.json", "{")), "config.json"),
     "context": (lambda w, d: dict(context=129), "at most 128 positions"),
     "vocabulary": (lambda w, d: dict(model=model(w, d / "m", vocab_size=60)), "embed_tokens.*64, 16.*60, 16"),
@@ -3006,7 +3631,7 @@ def test_duplicates_and_test_problems_leave_the_training_set(tmp_path):
 
 @pytest.mark.parametrize("record, question, answers", [
     ({"problem": " p ", "answer": 0}, "p", ("0",)), ({"question": "q", "groundtruth": "x"}, "q", ("x",)),
-    ({"question": "q", "golden_answers": ["a", " b", ""]}, "q", ("a", "b")),
+    ({"question": "q", "golden_answers": ["a", True, " b", "", float("nan")]}, "q", ("a", "b")),
     ({"question": "q", "answer": 142.0}, "q", ("142",))])
 def test_to_problem(record, question, answers):
     problem = espl.to_problem(record, "here")
@@ -3500,8 +4125,8 @@ def test_bad_habits():
 
 def edited(principles, reply, kinds):
     """The list after the operations of a reply, and what was dropped of them."""
-    dropped = Counter()
-    return espl.apply_operations(principles, glyphs.parse(reply), kinds, [], espl.Config(), dropped), dropped
+    r = espl.Tournament([], [], 0, None, None, espl.Config())
+    return espl.apply_operations(principles, glyphs.parse(reply), kinds, [], r), r.dropped
 
 
 def test_critique_lessons_judge_by_the_truth():
@@ -3703,7 +4328,7 @@ GLYPH_RUNS = [["--mode", mode] for mode in espl.MODES] + [
 def test_glyphs_run_like_any_task(tmp_path, capsys, changes):
     argv = ["--run-dir", str(tmp_path / "run"), "--iterations", "2", "--batch-size", "4", "--p-crossover", "1",
             "--max-new-tokens", "12", "--reflect-problems", "3", "--train-size", "20", "--test-size", "5",
-            "--compile-cache", ""]
+            "--compile-cache", "", "--no-table"]
     assert espl.main([*argv, *changes]) == 0
     out = capsys.readouterr().out
     table = r"mean reward on 5 test problems +T = 1 +greedy\nbase model: iteration 0, prompt 0 +\d\.\d{3} +\d\.\d{3}\n"
@@ -3783,6 +4408,8 @@ def test_tree_picture(report, tmp_path, monkeypatch, capsys):
         kind = "mutation" if len(parents) == 1 else "crossover"
         prompts.append(espl.SystemPrompt(i, [str(i)], 20.0 + i / 2, 1.0, kind, parents.tolist(), i))
     monkeypatch.setattr(Axes, "text", lambda *args, **k: drawn.update({args[3]: (*args[1:3], k)}) or text(*args, **k))
+    tmp_path /= "$\\frac$"  # not to be read as TeX
+    tmp_path.mkdir()
     write_run(tmp_path, prompts)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         assert report.main([str(tmp_path)]) == 0
@@ -3814,14 +4441,171 @@ def test_curves_show_what_was_logged(report, tmp_path, monkeypatch):
                           ("prompt 0", [1], [26.0]), ("mean", [1], [7.0]), ("mean", [1], [0.4])]
 
 
-@pytest.mark.parametrize("changes", [
-    {"population.json": "[]"}, {"population.json": "{"}, {"population.json": '[{"id": 0}]'}, {"metrics.jsonl": ""},
-    {"metrics.jsonl": "{\n"}, {"config.json": "[]"}, None])
-def test_report_of_what_is_no_run(report, tmp_path, capsys, changes):
-    if changes is not None:
-        write_run(tmp_path, [espl.SystemPrompt(0, [])], **changes)
-    assert report.main([str(tmp_path)]) == 2 and not list(tmp_path.glob("*.png"))
-    assert re.fullmatch(f"report: error: cannot read the run {tmp_path} .*\n", capsys.readouterr().err)
+@pytest.mark.parametrize("files", [None, {}, {"config.json": '{"model_type": "llama"}'}, {"population.json": "["},
+                                   {"config.json": "[]", "metrics.jsonl": '{"iteration": 0, "te'}])
+def test_report_of_what_is_no_run(report, tmp_path, capsys, files):
+    for name, text in (files or {}).items():
+        (tmp_path / name).write_text(text)
+    directory = tmp_path / "none" if files is None else tmp_path
+    assert report.main([str(directory)]) == 2 and not {*tmp_path.iterdir()} - {tmp_path / n for n in files or ()}
+    assert re.fullmatch(f"report: error: cannot read the run {directory} .*\n", capsys.readouterr().err)
+
+
+HOSTILE = "</script></pre></title><img src=x onerror=alert(1)><!--\u202e\0\ud800 $\\frac{ &amp; \" ' "
+
+
+class Page(html.parser.HTMLParser):
+    """A page taken apart: (tag, attributes) and texts; complains of tags that are not closed in order."""
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        assert len(dict(attrs)) == len(attrs)
+        self.open += [tag] if tag not in ("meta", "link") else []
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def text(self, section):
+        """What is to be read in a section."""
+        part = self.source.partition(f'id="{section}"')[2].partition("</section>")[0]
+        return " ".join(html.unescape(re.sub("<[^>]*>", "", "<" + part)).split())
+
+
+def write_pages_run(directory, text="plain"):
+    """A run of two iterations in which `text` is said wherever others have a say."""
+    one, two = "When in doubt, draw a circle", "When in doubt, draw a figure"
+    won = dict(iteration=2, value=0.5, rank=0, mu=26.0, sigma=1.0)
+    prompts = [espl.SystemPrompt(0, []), espl.SystemPrompt(1, [one, text], 26.0, 1.0, "mutation", [0], 1, [won]),
+               espl.SystemPrompt(2, [two], 30.0, 1.0, "mutation", [1], 2)]
+    line = dict(reward_mean=0.5, truncated=0.25, seconds=dict(sample=30.0, reflect=10.0))
+    lines = [dict(iteration=0, prompt=0, val=0.5, test=0.125, seconds={}),
+             dict(iteration=1, children={"mutation": dict(id=1, parents=[0])}, no_child={"crossover": text}, **line),
+             dict(iteration=2, children={"mutation": dict(id=2, parents=[1])}, no_child={}, dropped={text: 3},
+                  prompt=2, val=0.25, test=0.375, **line)]
+    rollout = lambda i, split, prompt, problem, reward, stop="eos": dict(
+        iteration=i, split=split, prompt=prompt, problem=problem, reward=reward, outcome=["wrong", text][int(reward)],
+        stop=stop, tokens=7, calls=0, response=f"response {text} of {i}" + "x" * 9000)
+    answers = [rollout(1, "train", 0, "a", 0.0, "length"), rollout(1, "train", 0, text, 1.0),
+               *(rollout(2, "train", 1, "a", r) for r in (0.0, 0.0, 0.0, 1.0)), rollout(2, "test", 2, "t", 0.0)]
+    operations = [dict(operation="add", principle=one), dict(operation=text, principle=text + " not taken")]
+    said = lambda i, request, reply: dict(iteration=i, request=request, prompt="p", reply=reply)
+    replies = [said(1, "critique", f"<think>{text}</think>{json.dumps(operations)}"), said(1, "summarize", "a summary"),
+               dict(iteration=1, traceback=text), said(2, "critique", "said " + text)]
+    directory.mkdir(exist_ok=True)
+    record = lambda rows: "".join(json.dumps(r) + "\n" for r in rows)
+    write_run(directory, prompts, **{
+        "metrics.jsonl": record(lines) + '{"iteration": 3, "rew', "rollouts.jsonl": record(answers) + '{"iteration"',
+        "reflections.jsonl": record(replies), "config.json": json.dumps(
+            dataclasses.asdict(espl.Config(task="aime", model=text, iterations=4)))})
+
+
+def test_report_shows_what_a_run_did(report, tmp_path):
+    write_pages_run(tmp_path / "run")
+    assert report.main([str(tmp_path / "run")]) == 0
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"report.html", "tree.png", "tree.svg", "curves.png"}
+    page = Page(tmp_path / "run" / "report.html")
+    said = [data for tag, data in page.texts if tag in ("dt", "dd")]
+    assert said == ["Task", "aime", "Mode", "espl", "Model", "plain", "Seed", "0", "Iterations", "2 of 4",
+                    "Test before → after", "0.125 → 0.375", "Mean of last 5", "0.375", "Picked by validation", "0.125",
+                    "Best prompt", "2, mu 30.0 ± 1.0", "Prompts", "3", "Time", "1.3 min"]
+    assert page.source.index("<dl") < page.source.index("<nav") < page.source.index("<svg")
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    links = [attrs["href"][1:] for tag, attrs in page.tags if tag == "a"]
+    assert len(ids) == len({*ids}) and {*links} <= {*ids} and len({*links} & {f"prompt-{i}" for i in range(3)}) == 3
+    tips = [data for tag, data in page.texts if tag == "title"][1:]
+    assert [tip.splitlines()[0] for tip in tips] == [
+        "prompt 0: root, iteration 0", "prompt 1: mutation of 0, iteration 1", "prompt 2: mutation of 1, iteration 2"]
+    assert "G0 When in doubt, draw a circle" in tips[1] and page.source.count("<figure>") == 6
+    edits = [(tag, data.strip()) for tag, data in page.texts if tag in ("ins", "del")][:5]
+    assert edits == [("ins", "When in doubt, draw a circle"), ("ins", "plain"), ("del", "circle"), ("ins", "figure"),
+                     ("del", "plain")]
+    cells = [(attrs["title"], attrs["class"]) for _, attrs in page.tags if ", prompt" in attrs.get("title", "")]
+    assert cells == [("a, prompt 0: 0.00 of 1", "v0"), ("a, prompt 1: 0.25 of 4", "v2"),
+                     ("plain, prompt 0: 1.00 of 1", "v10")]
+    assert "a.20.25" in page.text("problems-and-prompts")                           # the mean of five, not of two means
+    samples = page.text("sample-rollouts")
+    assert samples.count("cut at the limit after 7 tokens") == 1
+    assert "✗ wrong, reward 0: iteration 2, test, prompt 2, problem t; ended by itself after 7 tokens" in samples
+    assert samples.count("3,019 characters left out") == 5 and len(samples) < 40_000
+    became = page.text("reflections")
+    assert "add When in doubt, draw a circle in prompt 1plain plain not taken not as it stands" in became
+    assert "critique: could not be read" in became and "a summary" not in became
+    assert "No child by crossover: plain" in became and "dropped: 3 plain" in became
+    assert "sample60.075.0 %30.00" in page.text("seconds-by-phase")
+    assert "★task\"aime\"\"\"" in page.text("configuration") and "★seed" not in page.text("configuration")
+
+
+def test_report_is_whole_and_nothing_in_it_is_markup_of_others(report, tmp_path):
+    write_pages_run(tmp_path / "plain")
+    write_pages_run(directory := tmp_path / HOSTILE.translate({0: None, 0xd800: None, ord("/"): "|"}), HOSTILE)
+    for d in (tmp_path / "plain", directory):
+        (d / "report.html").write_text(report.page([report.read_record(d)]), encoding="utf-8")
+    plain, page = Page(tmp_path / "plain" / "report.html"), Page(directory / "report.html")
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]          # the same elements
+    assert [attrs.keys() for _, attrs in page.tags] == [attrs.keys() for _, attrs in plain.tags]
+    assert not {tag for tag, _ in page.tags} & {"img", "iframe", "object", "embed", "form", "base"}
+    for tag, attrs in page.tags:
+        assert not any(name.startswith("on") or name in ("src", "srcset", "action") for name in attrs)
+        assert all(value.startswith(("#", "data:,")) for name, value in attrs.items() if name.endswith("href"))
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", page.source) and "@import" not in page.source
+    seen = HOSTILE.replace("\u202e", "\ufffd").replace("\0", "\ufffd").replace("\ud800", "\ufffd")
+    assert sum(seen in data for _, data in page.texts) > 15 and not re.search("[\0\u202e]", page.source)
+    [script] = [data for tag, data in page.texts if tag == "script"]
+    [policy] = [attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.split("; ") == ["default-src 'none'", "style-src 'unsafe-inline'", "img-src data:",
+                                  f"script-src 'sha256-{digest}'"]
+
+
+def test_report_of_several_runs(report, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    drawn, plot = [], Axes.plot
+    note = lambda *a, **k: drawn.append([*map(list, a[1:3]), k.get("marker")]) or plot(*a, **k)
+    monkeypatch.setattr(Axes, "plot", note)
+    for name in ("one", "two"):
+        write_pages_run(tmp_path / name)
+    (tmp_path / "two" / "metrics.jsonl").write_text('{"iteration": 0, "test": 0.5}\n{"iteration": 3, "test": 0.75}\n')
+    config = json.loads((tmp_path / "two" / "config.json").read_text()) | dict(seed=5, mode="rl")
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    runs = [report.read_record(tmp_path / name) for name in ("one", "two")]
+    (tmp_path / "page").write_text("".join(report.curves(runs)) + report.headline(runs))
+    page = Page(tmp_path / "page")
+    assert [[0, 2], [0.125, 0.375], "o"] in drawn and [[0, 3], [0.5, 0.75], "s"] in drawn
+    cells = [data for tag, data in page.texts if tag in ("td", "li")]
+    assert cells[:2] == [" one", " two"] and {"0.125 → 0.375", "0.500 → 0.750"} <= {*cells}
+    (tmp_path / "page").write_text("".join(report.configuration(runs)))
+    rows = re.findall("<tr>.*?</tr>", (tmp_path / "page").read_text())
+    assert [re.sub("<.*?>", " ", row).split()[1] for row in rows if "★" in row] == ["mode", "seed"]
+
+
+@pytest.mark.parametrize("without", [
+    {"config.json"}, {"metrics.jsonl"}, {"population.json"}, {"rollouts.jsonl", "reflections.jsonl"},
+    {"metrics.jsonl", "population.json", "rollouts.jsonl", "reflections.jsonl"}], ids=lambda names: min(names))
+def test_report_of_a_run_that_lacks_files(report, tmp_path, without):
+    write_pages_run(tmp_path)
+    for i, name in enumerate(sorted(without)):
+        (tmp_path / name).write_text("{") if i else (tmp_path / name).unlink()
+    assert report.main([str(tmp_path)]) == 0
+    page = Page(tmp_path / "report.html")
+    assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == [
+        "curves", "evolutionary-tree", "lineage-of-the-best-prompt", "prompts", "problems-and-prompts",
+        "sample-rollouts", "reflections", "seconds-by-phase", "configuration"]
+    assert (tmp_path / "tree.png").is_file() == ("rollouts.jsonl" in without and len(without) == 2)
+    noted = [data for tag, data in page.texts if tag == "p" and data.startswith(f"{tmp_path.name}: ")]
+    assert bool(noted) == (without != {"rollouts.jsonl", "reflections.jsonl"})
 
 
 def test_lineage_in_words(report):
@@ -3859,6 +4643,25 @@ def test_the_laboratorys_statistics(lab):
             lab.seed_list(bad)
 
 
+def test_the_laboratorys_2_x_2_table(lab):
+    """Over seeds, one of which has no evolved prompt; modes without the other row or column have empty cells."""
+    full = {"before, root": [0.2, 0.3, 0.1], "before, best": [0.4, 0.6, None], "after, root": [0.3, 0.3, 0.6],
+            "after, best": [0.9, 0.7, None], "interaction": [0.4, 0.1, None]}
+    ends = lambda *names: [[{}, {"table": {name: full[name][i] for name in names if full[name][i] is not None}}]
+                           for i in range(3)]
+    section = {"curves": {"espl": ends(*full), "rl": ends("before, root", "after, root"),
+                          "evolution": ends("before, root"), "reflection": [[{"test": 0.0}]]}}
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lab.gains_tables(section).split("\n")[2:]]
+    assert rows == [["weights before, root prompt", "0.200 +- 0.100", "", "0.200 +- 0.100", "0.200 +- 0.100"],
+                    ["weights before, best prompt", "", "", "", "0.500 +- 0.141"],
+                    ["weights after, root prompt", "0.400 +- 0.173", "", "", "0.400 +- 0.173"],
+                    ["weights after, best prompt", "", "", "", "0.800 +- 0.141"],
+                    ["gain: interaction", "", "", "", "0.250 +- 0.212"]]
+    text = lab.cells_tables(section)
+    assert "| weights after training | 0.400 +- 0.173 | 0.800 +- 0.141 |" in text
+    assert text.endswith("0.250 +- 0.212 more than the sum of the two.")
+
+
 def test_perfect_prompts_solve_every_problem(lab, tmp_path):
     """What the prompts file adds to the root prompt is what the seed's world means; the task's other texts stay."""
     for seed in (0, 3):
@@ -3889,6 +4692,15 @@ def test_tables_are_those_of_the_results(lab, tmp_path, monkeypatch):
     assert pages[2].read_text() == "no table"
 
 
+def test_readers_of_what_others_write_survive_made_up_text(capsys, monkeypatch):
+    fuzz = load_tool("fuzz")
+    assert fuzz.main(["--cases", "40"]) == 0
+    assert capsys.readouterr().out.count(": 40 cases in") == len(fuzz.READERS) == 7
+    monkeypatch.setattr(espl, "last_boxed", lambda text: text.index("{"))  # it would see a reader that fails
+    assert fuzz.main(["--only", "grader", "--first", "40"]) == 1
+    assert re.match(r"grader: case \d+ failed; --only grader --first \d+ --cases 1\n", capsys.readouterr().out)
+
+
 # ======================================================================================================================
 # tools/export.py: the truth is what transformers and peft make of the files
 # ======================================================================================================================
@@ -3904,10 +4716,9 @@ def write_trained(directory, base, rank):
     policy = load(base, lora_rank=rank, lora_alpha=7.0)
     theta = perturbed(policy.theta) if rank else jax.tree.map(lambda w: 0.9 * w + 0.01, policy.theta)
     run = SimpleNamespace(directory=directory, policy=dataclasses.replace(policy, theta=theta), evaluations=[],
-                          trainer=SimpleNamespace(opt_state={"mu": theta}), population=[])
+                          trainer=SimpleNamespace(opt_state={"mu": theta}), population=[], reflector_tokens=0)
     run.population.append(espl.SystemPrompt(0, ["Check it."]))
-    with espl.checkpoint_manager(run, "checkpoints", keep=1) as manager:
-        espl.save_checkpoint(run, manager, 1)
+    espl.save_checkpoint(run, 1)
     argv = dict(train_file="x", test_file="y", model=base, lora_rank=rank, lora_alpha=7.0)
     write_run(directory, run.population, **{
         "config.json": json.dumps(vars(espl.parse_args([f"--{k.replace('_', '-')}={v}" for k, v in argv.items()]))),

@@ -74,6 +74,8 @@ def finished_run(config: espl.Config) -> dict:
     espl.train(run)
     keep = ("iteration", "prompt", "val", "test", "test_greedy")
     curve = [{k: e[k] for k in keep if k in e} for e in run.evaluations]
+    for kept, e in zip(curve, run.evaluations):
+        kept |= {"table": {name: mean for name, (mean, _, _) in e["table"]["reward"].items()}} if "table" in e else {}
     report = espl.closing_report(run).partition("\n\nfiles:")[0]
     path.write_text(json.dumps({"config": wanted, "curve": curve, "report": report}))
     return json.loads(path.read_text())
@@ -161,10 +163,35 @@ def compare_tables(section: dict) -> str:
                     for name, c in rows.items() if name not in (MODES["espl"], PERFECT)])
     reached = [next((e["iteration"] for e in ours[1:] if e["test"] >= theirs[-1]["test"]), "never")
                for ours, theirs in zip(curves["espl"], curves["rl"])]
-    return (f"{scores}\n\n{paired}\n\nE-SPL first reached rl's final score, that of iteration "
+    tabled = all("table" in c[-1] for mode in MODES for c in curves[mode])
+    gains = f"\n\n{gains_tables(section)}" * tabled
+    return (f"{scores}\n\n{paired}{gains}\n\nE-SPL first reached rl's final score, that of iteration "
             f"{curves['rl'][0][-1]['iteration']}, at iteration {', '.join(map(str, reached))} (seeds "
             f"{', '.join(map(str, section['seeds']))}; its first evaluation in training was at iteration "
             f"{curves['rl'][0][1]['iteration']}).")
+
+
+def cells(section: dict, mode: str, name: str) -> str:
+    """Mean and spread of a cell or gain of the 2 x 2 table at the end of a mode's runs; "" where it has none."""
+    values = [c[-1]["table"][name] for c in section["curves"].get(mode, ()) if name in c[-1].get("table", ())]
+    return spread(values) if values else ""
+
+
+def cells_tables(section: dict) -> str:
+    """espl's 2 x 2 table, its gains in a sentence."""
+    cell = lambda name: cells(section, "espl", name)
+    square = table(["test problems solved", "root prompt", "evolved prompt"], [
+        [f"weights {w} training", cell(f"{w}, root"), cell(f"{w}, best")] for w in ("before", "after")])
+    return (f"{square}\n\nThe prompt alone gains {cell('prompt alone')}, the weights alone {cell('weights alone')}, "
+            f"both {cell('both')}: {cell('interaction')} more than the sum of the two.")
+
+
+def gains_tables(section: dict) -> str:
+    """Cells and gains of all modes. Where weights are frozen there is one row of cells, in rl one column."""
+    names = [name for c in section["curves"]["espl"] for name in c[-1].get("table", ())]
+    title = lambda name: f"weights {name} prompt" if ", " in name else f"gain: {name}"
+    return table(["at the end, same seeds in every cell", *MODES.values()], [
+        [title(name), *(cells(section, mode, name) for mode in MODES)] for name in dict.fromkeys(names)])
 
 
 def vary_tables(section: dict) -> str:
@@ -187,7 +214,8 @@ def ratings_tables(section: dict) -> str:
 
 TABLES = {  # name: (section of the results, what makes its Markdown)
     "compare": ("compare", compare_tables), "vary": ("vary", vary_tables), "ablations": ("ablations", vary_tables),
-    "ratings": ("ratings", ratings_tables), "report": ("compare", lambda section: f"```\n{section['report']}\n```")}
+    "ratings": ("ratings", ratings_tables), "cells": ("compare", cells_tables),
+    "report": ("compare", lambda section: f"```\n{section['report']}\n```")}
 
 
 def pages() -> list[Path]:

@@ -1,0 +1,154 @@
+"""Kills runs and resumes them until they are through, and compares them with one that was left alone.
+
+    python tools/soak.py --kills 30
+
+The runs are of the default task, cut short. Kills come with SIGKILL at random instants and at the worst ones: while
+sampling, grading, updating, reflecting, in the middle of writing a checkpoint, of `best` or of population.json, between
+a line of metrics.jsonl and its checkpoint, while pictures are drawn; every other time twice in a row; and with SIGTERM,
+after which a run has to end by itself. A run that is through must have the metrics (but for the clock), population,
+logs and weights of the undisturbed one, to the bit. Takes about half a minute a kill on two slow cores.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RUN = ("--iterations 5 --eval-every 2 --save-every 2 --test-size 12 --test-samples 1 --batch-size 6 --num-rollouts 4 "
+       "--p-crossover 0.5").split()
+FILES = ("rollouts.jsonl", "reflections.jsonl", "population.json")
+PHASES = {  # name: (what is called then, by its dotted name in espl, whether the kill comes after the call or before)
+    "sampling": ("decode", False), "grading": ("grade", False), "updating": ("add_gradient", True),
+    "updated": ("rl_update", True), "reflecting": ("ask", False), "reflected": ("breed", True),
+    "evaluated": ("evaluate", True), "population": ("Path.replace", False), "metrics": ("print_line", True),
+    "picture": ("picture", False), "checkpoint": ("ocp.CheckpointManager.wait_until_finished", False),
+    "saved": ("save_checkpoint", True)}
+CLOCK = ("seconds", "rollout_tokens_per_second")
+
+
+def dies(function, after: bool, calls: int):
+    """`function`, which ends its process with SIGKILL at the given call; the others are unchanged."""
+    left = [calls]
+
+    def wrapped(*args, **kwargs):
+        left[0] -= 1
+        result = function(*args, **kwargs) if left[0] or after else None
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return wrapped
+
+
+def doomed(phase: str, calls: int, argv: list[str]) -> int:
+    """espl.py in this process, to be killed in a phase."""
+    import matplotlib.figure
+    import espl
+    name, after = PHASES[phase]
+    *path, last = name.split(".")
+    owner = matplotlib.figure.Figure if phase == "picture" else espl
+    for part in path:
+        owner = getattr(owner, part)
+    last = "savefig" if phase == "picture" else last
+    setattr(owner, last, dies(getattr(owner, last), after, calls))
+    return espl.main(argv)
+
+
+def start(argv: list[str], *doom: str) -> subprocess.Popen:
+    """espl.py in a process of its own; with a doom, (phase, call), by way of this file."""
+    program = [str(Path(__file__).resolve()), "--doomed", *doom] if doom else [str(ROOT / "espl.py")]
+    return subprocess.Popen([sys.executable, "-u", *program, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, cwd=ROOT)
+
+
+def disturbed(argv: list[str], rng: random.Random, phase: str) -> tuple[str, int, str]:
+    """One start of a run that is killed, or comes through: (what was done to it, exit code, its output)."""
+    if phase in PHASES:
+        calls = rng.choice([1, 1, 2, 3])
+        process = start(argv, phase, str(calls))
+        text = process.communicate()[0]
+        return f"{phase}, call {calls}", process.returncode, text
+    process, text = start(argv), ""
+    for line in process.stdout:  # compiling and loading are not what is tested
+        text += line
+        if line.startswith("writing"):
+            break
+    seconds = rng.uniform(0, 12)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL if phase == "instant" else signal.SIGTERM)
+    return f"{phase}, {seconds:.1f} s after its start", process.wait(), text + process.stdout.read()
+
+
+def state(directory: Path) -> dict:
+    """All that two runs must have in common."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    found = {"metrics.jsonl": [{k: v for k, v in m.items() if k not in CLOCK} for m in lines]}
+    found |= {name: (directory / name).read_bytes() for name in FILES}
+    for name in ("checkpoints", "best"):
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        with ocp.CheckpointManager((directory / name).absolute(), options=options) as manager:
+            step = manager.latest_step()
+            saved = manager.restore(step, args=ocp.args.Composite(
+                weights=ocp.args.StandardRestore(), loop=ocp.args.JsonRestore()))
+        leaves = [(str(path), np.asarray(x).tobytes()) for path, x in jax.tree.leaves_with_path(saved["weights"])]
+        found[name] = step, leaves, saved["loop"]
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; returns its exit code: 0, or 1 if a run differs or ends in another way than it should."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="is emptied")
+    args, more = parser.parse_known_args(argv)  # more: flags of espl.py
+    rng, kills, rounds, began = random.Random(args.seed), 0, 0, time.time()
+    shutil.rmtree(args.out, ignore_errors=True)
+    directories = {name: (args.out / name).absolute() for name in ("whole", "killed")}
+    fresh = {name: [*RUN, *more, "--run-dir", str(d)] for name, d in directories.items()}
+    assert start(fresh["whole"]).wait() == 0, "the undisturbed run failed"
+    expected, plan = state(directories["whole"]), []
+    killed = directories["killed"]
+    while kills < args.kills or killed.exists():
+        if killed.exists() and not (killed / "config.json").is_file():
+            shutil.rmtree(killed)  # killed before there was anything to resume
+        resume = ["--resume", str(killed)] if killed.exists() else fresh["killed"]
+        if not plan:
+            plan = rng.sample([*PHASES, *["instant", "SIGTERM"] * 3], len(PHASES) + 6)
+            plan = [phase for i, phase in enumerate(plan) for _ in range(1 + i % 2)]
+        left_alone = kills >= args.kills
+        what, code, text = ("none", start(resume).wait(), "") if left_alone else disturbed(resume, rng, plan.pop())
+        kills += code in (-signal.SIGKILL, 128 + signal.SIGTERM)
+        print(f"{kills:>3} kills, {time.time() - began:5.0f} s | {what} | exit {code} | "
+              + (text.strip().split("\n")[-1][:70] if text else ""), flush=True)
+        if code == 0:
+            found, rounds = state(killed), rounds + 1
+            if wrong := [name for name in expected if found[name] != expected[name]]:
+                print(f"DIFFERS from the undisturbed run: {', '.join(wrong)}; see {args.out}")
+                return 1
+            print(f"equal to the undisturbed run, to the bit: {', '.join(found)}", flush=True)
+            shutil.rmtree(killed)
+        elif code not in (-signal.SIGKILL, 128 + signal.SIGTERM):
+            print(f"{text}\nexit code {code} was not to be expected")
+            return 1
+    print(f"{kills} kills in {rounds} runs; all of them ended as if nothing had happened")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--doomed"]:
+        sys.exit(doomed(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))
+    sys.exit(main())
