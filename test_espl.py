@@ -712,7 +712,7 @@ def loop_with_tools(policy, prompt, g, eos, most):
 
 @pytest.fixture(scope="module")
 def loops_with_tools(policy):
-    prompts = random_prompts(*[5, 1, 33, 12, 2, 20, 9, 40, 3, 8] * 2, seed=5)
+    prompts = random_prompts(5, 1, 33, 12, 2, 20, 9, 40, 3, 8, seed=10)  # of all kinds, see below
     return [(prompt, *loop_with_tools(policy, prompt, g, EOS, HORIZON)) for g, prompt in enumerate(prompts)]
 
 
@@ -2642,7 +2642,7 @@ def measured(answers):
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="memory is read from /proc")
 def test_hostile_answers_are_cheap_and_leave_the_others_alone(monkeypatch):
     monkeypatch.setattr(espl, "GRADE_SECONDS", 1)
-    slow = ["9^{9^{9^9}}", "10^{10^{10}}", "((9!)!)!", r"\binom{10^9}{5\cdot10^8}"]
+    slow = ["10^{10^{10}}", "((9!)!)!", r"\binom{10^9}{5\cdot10^8}"]
     hungry = ["2^{10^9}", "(x+y+z+w)^{500}", "x^{1000000}-1=(x-1)^{1000000}"]
     deep = [r"\frac{1}{" * 500 + "2" + "}" * 500, r"\frac1{" * 120 + "2" + "}" * 120, "(" * 400 + "1" + ")" * 400]
     odd = ["\x00", "5\x00", "\ud800", "5\ud800\udfff", "\\" * 900, "$" * 900, "%", "\n5\r\n\u2028", "1e1000000000"]
@@ -2771,9 +2771,18 @@ def play(argv, code=0, **patches):
 
 @pytest.fixture(scope="module")
 def run_of(world):
-    """run_of(mode): a finished run of three iterations, made once."""
+    """run_of(mode): a finished run of three iterations, made once. Its `given` is what each rl_update was given."""
     runs = {}
-    return lambda mode: runs.get(mode) or runs.setdefault(mode, play(flags(world, world / mode, mode=mode)))
+
+    def make(mode):
+        if mode not in runs:
+            given = []
+            runs[mode] = play(flags(world, world / mode, mode=mode), rl_update=lambda *args, update=espl.rl_update:
+                              given.append(args[1:]) or update(*args))
+            runs[mode].given = given
+        return runs[mode]
+
+    return make
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------
@@ -2942,7 +2951,7 @@ def test_reflections_are_recorded(run_of):
 
 def test_the_seed_decides_everything(world, tmp_path):
     chance = dict(num_prompts=2, num_rollouts=4, selection="softmax", selection_temperature=20,
-                  p_crossover=0.5, iterations=4)
+                  p_crossover=0.5)
     first, same = (play(flags(world, tmp_path / name, **chance)) for name in ("first", "same"))
     other = play(flags(world, tmp_path / "other", seed=1, iterations=1))
     assert metrics(first) == metrics(same) and prompts_of(first) == prompts_of(same)
@@ -2968,32 +2977,41 @@ class Killed(BaseException):
     pass
 
 
+def improving(run, pairs, split, iteration, stop=None, sample_groups=espl.sample_groups):
+    """sample_groups, with better rewards on validation from iteration to iteration."""
+    if stop and iteration == 4:
+        raise stop
+    groups = sample_groups(run, pairs, split, iteration)
+    for g in groups if split == "val" else ():
+        g.rewards = [iteration / 10] * len(g.rewards)
+    return groups
+
+
+FOUR_ITERATIONS = dict(iterations=4, eval_every=1, num_rollouts=3)
+
+
+@pytest.fixture(scope="module")
+def whole_run(world):
+    return play(flags(world, world / "whole", **FOUR_ITERATIONS), sample_groups=improving)
+
+
 @pytest.mark.parametrize("save_every, stop, again", [
     (9, KeyboardInterrupt(signal.SIGTERM), ["4"]), (2, Killed(), ["3", "4"])], ids=["stopped", "killed"])
-def test_resumed_equals_uninterrupted(world, tmp_path, capsys, save_every, stop, again):
+def test_resumed_equals_uninterrupted(world, whole_run, tmp_path, capsys, save_every, stop, again):
     """Ended before iteration 4's checkpoint, with debris in the logs. Validation improves, so `best` is saved. Stopped
     while it samples, a run saves what iteration 3 left; a kill after the line of iteration 4 saves nothing."""
-    sample_groups, print_line, broken = espl.sample_groups, espl.print_line, tmp_path / "broken"
-
-    def improving(run, pairs, split, iteration, stop=None):
-        if stop and iteration == 4:
-            raise stop
-        groups = sample_groups(run, pairs, split, iteration)
-        for g in groups if split == "val" else ():
-            g.rewards = [iteration / 10] * len(g.rewards)
-        return groups
+    print_line, broken, whole = espl.print_line, tmp_path / "broken", whole_run
 
     def stopping(run, m):
         print_line(run, m)
         if m["iteration"] == 4:
             raise stop
 
-    argv = dict(iterations=4, eval_every=1, save_every=save_every, num_rollouts=3)
-    whole = play(flags(world, tmp_path / "whole", **argv), sample_groups=improving)
     try:
         killed = dict(sample_groups=improving, print_line=stopping)
         stopped = dict(sample_groups=partial(improving, stop=stop))
-        play(flags(world, broken, **argv), 143, **(killed if isinstance(stop, Killed) else stopped))
+        play(flags(world, broken, save_every=save_every, **FOUR_ITERATIONS), 143,
+             **(killed if isinstance(stop, Killed) else stopped))
         assert f"interrupted by SIGTERM; continue with: python espl.py --resume {broken}" in capsys.readouterr().err
     except Killed:
         pass
@@ -3211,14 +3229,25 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     ("return float('nan')", "at most 1"), ("return float('-inf')", "finite"), ("return 1, 2, 3", "too many"),
     ("return None", "NoneType")])
 def test_a_reward_that_fails_counts_as_0(world, tmp_path, capsys, body, error):
-    """On every other response; the others get theirs, and the run goes on."""
-    (tmp_path / "task.py").write_text(f"def reward(record, response):\n    if len(response) % 2:\n        {body}\n"
-                                      "    return 0.5, ['half']\n")
-    run = play(flags(world, tmp_path / "run", iterations=1, task=tmp_path / "task.py"))
+    """On every other response; the others get theirs, with one warning for a batch of responses."""
+    task = espl.load_task(espl.parse_args(flags(world, tmp_path / "run", task=failing_reward(tmp_path, body))))
+    graded = espl.grade(task, [(task.test[0], "x" * n) for n in (1, 2, 3, 4)])
+    assert graded == [(0.0, "error"), (0.5, "['half']")] * 2
+    [warning] = [w for w in capsys.readouterr().err.split("\n") if "reward of task failed" in w]
+    assert error in warning
+
+
+def failing_reward(d, body):
+    return task(d, f"def reward(record, response):\n    if len(response) % 2:\n        {body}\n"
+                   "    return 0.5, ['half']\n")
+
+
+def test_a_run_goes_on_after_rewards_that_failed(world, tmp_path, capsys):
+    run = play(flags(world, tmp_path / "run", iterations=1, task=failing_reward(tmp_path, "return float('nan')")))
     lines = [(r["reward"], r["outcome"]) for r in read_lines(run, "rollouts.jsonl")]
     assert set(lines) == {(0.0, "error"), (0.5, "['half']")} and len(metrics(run)) == 2
     warnings = [w for w in capsys.readouterr().err.split("\n") if "reward of task failed" in w]
-    assert 1 <= len(warnings) <= 5 and all(error in w for w in warnings)  # one for a batch of responses
+    assert 1 <= len(warnings) <= 6 and all("at most 1" in w for w in warnings)
 
 
 @pytest.fixture
@@ -3345,14 +3374,13 @@ def test_later_checkpoints_of_a_killed_run_are_replaced(run_of, tmp_path):
         assert [p.name for p in (tmp_path / "other").iterdir()] == [str(iteration)]
 
 
-def test_the_objective_is_a_mean_over_all_rollouts(world, tmp_path):
-    given = []
-    run = play(flags(world, tmp_path, mode="espl", iterations=3),
-               rl_update=lambda *args, update=espl.rl_update: given.append(args[1:]) or update(*args))
-    for iteration, (samples, number) in enumerate(given, 1):  # 1/(N M B), though groups without signal are left out
+def test_the_objective_is_a_mean_over_all_rollouts(run_of):
+    run = run_of("espl")
+    assert len(run.given) == 3
+    for iteration, (samples, number) in enumerate(run.given, 1):  # 1/(N M B), though groups without signal are left out
         rollouts = [(r["split"], r["iteration"]) for r in read_lines(run, "rollouts.jsonl")].count(("train", iteration))
         assert number == rollouts == (30 if iteration == 3 else 60)
-    assert any(0 < len(samples) < 60 for samples, _ in given)
+    assert any(0 < len(samples) < 60 for samples, _ in run.given)
 
 
 def test_prompts_that_did_equally_well_tie_exactly(world, tmp_path):
@@ -3533,12 +3561,6 @@ def test_bad_resume(world, run_of, tmp_path, capsys):
         assert re.fullmatch(rf"espl: error: .*{message}.*\n", capsys.readouterr().err)
     again = play(["--resume", run.directory, "--iterations", 3, "--batch-size", 4])  # the same, and nothing left to do
     assert equal(again.policy.theta, run.policy.theta) and metrics(again) == metrics(run)
-
-
-def test_exit_code_of_the_program():
-    command = [sys.executable, espl.__file__, "--batch-size", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and re.fullmatch("espl: error: .*\n", done.stderr)
 
 
 def test_long_problems_are_left_out(world, tmp_path, capsys):
@@ -3866,8 +3888,8 @@ def caller(tmp_path_factory):
         updates, opt_state = adam.update(jax.grad(loss)(state[0], batch), state[1])
         return (optax.apply_updates(state[0], updates), opt_state), None
 
-    (theta, _), _ = jax.jit(lambda *x: jax.lax.scan(step, *x))((theta, adam.init(theta)),
-                                                               jnp.array(lines).reshape(800, 64, -1, 2))
+    fast = jax.jit(lambda *x: jax.lax.scan(step, *x), compiler_options={"xla_backend_optimization_level": 3})
+    (theta, _), _ = fast((theta, adam.init(theta)), jnp.array(lines).reshape(800, 64, -1, 2))
     pretraining.save_weights(d, theta, cfg)
     return d
 
@@ -4688,7 +4710,7 @@ def write_trained(directory, base, rank):
     policy = load(base, lora_rank=rank, lora_alpha=7.0)
     theta = perturbed(policy.theta) if rank else jax.tree.map(lambda w: 0.9 * w + 0.01, policy.theta)
     run = SimpleNamespace(directory=directory, policy=dataclasses.replace(policy, theta=theta), evaluations=[],
-                          trainer=SimpleNamespace(opt_state={"mu": theta}), population=[])
+                          trainer=SimpleNamespace(opt_state={"mu": theta}), population=[], reflector_tokens=0)
     run.population.append(espl.SystemPrompt(0, ["Check it."]))
     espl.save_checkpoint(run, 1)
     argv = dict(train_file="x", test_file="y", model=base, lora_rank=rank, lora_alpha=7.0)
@@ -4759,7 +4781,7 @@ def test_a_merged_model_has_its_bases_files_and_dtype(rank, exporting, hf_model,
 def test_an_exported_run_goes_on(run_of, world, exporting, tmp_path):
     """A run on eight devices, exported by a process with one; what it wrote is a base model for another run."""
     run, out = run_of("espl"), tmp_path / "out"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": fast_compilation()}
     done = subprocess.run([sys.executable, ROOT / "tools" / "export.py", run.directory, out, "--merge"], text=True,
                           capture_output=True, env=environment, timeout=120)
     assert done.returncode == 0 and not done.stderr and "iteration 3" in done.stdout, done.stderr
