@@ -2992,7 +2992,8 @@ FOUR_ITERATIONS = dict(iterations=4, eval_every=1, num_rollouts=3)
 
 @pytest.fixture(scope="module")
 def whole_run(world):
-    return play(flags(world, world / "whole", **FOUR_ITERATIONS), sample_groups=improving)
+    with jax.set_mesh(make_mesh()):  # a run leaves its own mesh behind
+        return play(flags(world, world / "whole", **FOUR_ITERATIONS), sample_groups=improving)
 
 
 @pytest.mark.parametrize("save_every, stop, again", [
