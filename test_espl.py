@@ -3906,7 +3906,7 @@ def call_flags(d, run_dir, tool=look_up, **changes) -> list[str]:
 
 def test_reinforcement_learning_with_a_tool(caller, tmp_path):
     """From guessing (a tenth) to looking up and copying, on problems that were never trained on."""
-    run = play(call_flags(caller, tmp_path / "run", mode="rl", num_prompts=1, num_rollouts=8))
+    run = play(call_flags(caller, tmp_path / "run", mode="rl"))
     first, last = (e["test"] for e in run.evaluations)
     assert first < 0.25 and last > 0.8
     lines = [r for r in read_lines(run, "rollouts.jsonl") if r["split"] == "train"]
@@ -3918,7 +3918,7 @@ def test_reinforcement_learning_with_a_tool(caller, tmp_path):
     assert sum(match is not None for _, match in matches) > 80
     m = metrics(run)[-1]
     assert 0.9 < m["tool_calls"] < 1.2 and m["too_many_calls"] == 0 and 8 < m["response_tokens"] < 10  # sampled ones
-    assert m["trained_tokens"] <= m["response_tokens"] * 128 and m["ratio_mean"] == pytest.approx(1, abs=1e-3)
+    assert m["trained_tokens"] <= m["response_tokens"] * 192 and m["ratio_mean"] == pytest.approx(1, abs=1e-3)
 
 
 def test_evolution_with_a_tool(caller, tmp_path):
