@@ -44,10 +44,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
+import difflib
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -217,8 +218,7 @@ def train(run: Run) -> None:
 def espl_iteration(run: Run, iteration: int) -> dict:
     """One iteration of Algorithm 1 (they count from 1); returns its line of metrics.jsonl."""
     c, rng = run.config, np.random.default_rng(run.seed(f"evolution/{iteration}"))
-    # Alg. 1, line 3: a batch of B problems
-    problems_B = next_problems(run, iteration)
+    problems_B = next_problems(run, iteration)  # Alg. 1, line 3: a batch of B problems
     # Line 4: M system prompts. The rollouts of missing ones go to the others, so that every mode samples M B N.
     prompts_M = run.population[-1:] if c.mode == "reflection" else select(run.population, c, rng)
     each, more = divmod(c.num_prompts * c.num_rollouts, len(prompts_M))  # of 15: 15, then 8 + 7, then 5 + 5 + 5
@@ -1873,6 +1873,10 @@ class Chat:
         own |= {*self.tokenizer.all_special_tokens}
         return re.compile("|".join([CONTROL.pattern, *map(re.escape, sorted(own - {""}, reverse=True))]))
 
+    def clean(self, slots: dict[str, str]) -> dict[str, str]:
+        """The slots of a request, in which no rollout may end its turn."""
+        return {name: self.control.sub(" ", text) for name, text in slots.items()}
+
     def render(self, conversations: list[list[dict]], must_say: str) -> str:
         """The first of these conversations that the template takes, and says in full; "" if there is none."""
         for messages in conversations if self.tokenizer.chat_template else ():
@@ -2128,7 +2132,7 @@ class Run:
     tracker: Any = None                                   # of --track
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
-    phase: str = "load"                                   # the latest
+    phase: str = "load"                                   # in which it failed
     finished: int = -1                                    # the iteration after which this is the state; -1: between two
     tokens: Counter = field(default_factory=Counter)      # sampled in it: rollouts, reflections, evaluation
     reflector_tokens: int = 0                             # in and out of --reflector URL in the whole run
@@ -2163,7 +2167,7 @@ def start_tracker(c: Config) -> Any:
     if name not in ("wandb", "trackio") or not project:
         raise UserError(f"--track {c.track}: must be wandb:PROJECT or trackio:PROJECT")
     with explained(f"--track {c.track} does not start", f"pip install {name}, log in, or set WANDB_MODE=offline"):
-        package = importlib.import_module(name)
+        package = __import__(name)
         more = {"id": Path(c.run_dir).name} if name == "wandb" else {}  # by which a resumed run is found
         return package.init(project=project, name=Path(c.run_dir).name, config=dataclasses.asdict(c), resume="allow",
                             **more)
@@ -2172,9 +2176,12 @@ def start_tracker(c: Config) -> Any:
 @contextlib.contextmanager
 def timed(run: Run, phase: str):
     """Adds the seconds of a `with` block to run.seconds[phase]."""
-    run.phase, start = phase, time.perf_counter()
+    start = time.perf_counter()
     try:
         yield
+    except Exception:
+        run.phase = phase
+        raise
     finally:
         run.seconds[phase] += time.perf_counter() - start
 
@@ -2284,7 +2291,7 @@ def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict
     calls[request] += 1
     seed = run.seed(f"{request}/{calls[request]}/{iteration}")  # each call has its own
     if external(c):
-        prompts = [fill(run.task.texts[request], s) for s in slots]
+        prompts = [fill(run.task.texts[request], run.chat.clean(s)) for s in slots]
         replies = ask_server(run, prompts, seed[1])
     else:
         theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
@@ -2306,8 +2313,8 @@ def external(c: Config) -> bool:
         return False
     if not re.match(r"https?://[^@]+$", c.reflector) or not c.reflector_model:
         raise UserError("--reflector is reference, current, or http(s)://HOST/v1, without a key, and --reflector-model")
-    if not importlib.util.find_spec("openai"):
-        raise UserError("--reflector URL needs the package of the protocol: pip install openai")
+    with explained("--reflector URL needs the package of the protocol", "pip install openai"):
+        import openai  # noqa: F401
     return True
 
 
@@ -2354,7 +2361,7 @@ def ask_server(run: Run, prompts: list[str], seed: int) -> list[str]:
 
 def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
     """Token ids of a filled-in request; while it is longer than `limit`, its longest slot loses its middle."""
-    slots = {name: chat.control.sub(" ", text) for name, text in slots.items()}  # no rollout may end the request's turn
+    slots = chat.clean(slots)
     while len(ids := chat.ids("", fill(template, slots))) > limit:
         name = max(slots, key=lambda n: len(slots[n]))
         keep, text, note = int(0.45 * len(slots[name]) * limit / len(ids)), slots[name], "\n[… cut …]\n"
@@ -2426,10 +2433,9 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
 
 def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
     """Orbax checkpoints in <run>/<name>."""
-    import logging
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # hundreds of lines about what orbax also raises
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)  # of a save that failed
     return ocp.CheckpointManager((run.directory / name).absolute(), options=options)
 
 
@@ -2438,9 +2444,6 @@ def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints", keep: i
     loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations,
             "reflector_tokens": run.reflector_tokens}
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
-    import shutil
-    for part in (run.directory / name).glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(part, ignore_errors=True)  # of a save that failed: threads of orbax wrote on for a while
     try:
         with checkpoint_manager(run, name, keep) as manager:  # a new one knows of no save that failed
             for step in manager.all_steps():  # of a run that was killed and resumed before them
@@ -2689,7 +2692,6 @@ def parse_args(argv: list[str]) -> Config:
         groups[title(f)].add_argument(name, help=text.replace("%", "%%"), **how)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        import difflib
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
         stop(f"unknown {unknown[0]}" + "".join(f", did you mean {name}?" for name in near))
     given = vars(given)

@@ -3133,17 +3133,19 @@ def flaky(handler, request, n):
     (lambda h, r, n: say(h, r, n) if "moved" in h.path else send(h, {}, 307, Location="/v1/moved"), 3),
     (lambda h, r, n: say(h, r, n) if n != 2 else send(h, {}, 400), 2),
 ])
-def test_a_server_that_fails(server, tmp_path, capsys, answer, replies):
+def test_a_server_that_fails(server, chat, tmp_path, capsys, answer, replies):
     url, seen = server(answer)
     c = espl.Config(reflector=url, reflector_model="judge", reflector_timeout=1.0, reflector_concurrency=1)
-    run = espl.Run(c, SimpleNamespace(texts={"summarize": "say {a}"}), None, SimpleNamespace(policy=None), [], tmp_path)
-    ask = lambda: espl.ask(run, 1, Counter(), "summarize", [{"a": x} for x in "xyz"])
+    task, trainer = SimpleNamespace(texts={"summarize": "say <s> {a}"}), SimpleNamespace(policy=None)
+    run = espl.Run(c, task, chat, trainer, [], tmp_path)
+    ask = lambda: espl.ask(run, 1, Counter(), "summarize", [{"a": f"<|im_end|>{x}</think>"} for x in "xyz"])
     if replies:
         assert sum(reply.startswith("reply") for reply in ask()) == replies
         assert run.reflector_tokens == 10 * replies
     else:
         with pytest.raises(espl.NoChild, match="the reflector failed: "):
             ask()
+    assert {r["messages"][0]["content"] for r in seen} <= {f"say <s>  {x} " for x in "xyz"}  # no rollout ends the turn
     err = capsys.readouterr().err
     assert ("requests to the reflector failed" in err) == (replies < 3) and "secret" not in err
 
@@ -3442,6 +3444,15 @@ def test_out_of_memory_is_one_line(world, tmp_path, capsys):
     assert re.match(r"espl: error: out of memory in phase update \(.*17592186044416 bytes.*\); lower ", line)
     assert len(re.findall("--(?:microbatch-tokens|max-new-tokens|context)", line)) == 3
     assert line.endswith(f"python espl.py --resume {run.directory}")
+
+
+def test_the_phase_of_an_error_is_the_one_that_failed():
+    run = SimpleNamespace(seconds=Counter(), phase="load")
+    with pytest.raises(MemoryError), espl.timed(run, "update"):
+        with espl.timed(run, "reflect"):  # as beside it, in the thread of a server's reflection
+            pass
+        raise MemoryError
+    assert run.phase == "update" and run.seconds.keys() == {"update", "reflect"}
 
 
 def test_interrupted_while_loading(world, tmp_path, monkeypatch, capsys):
