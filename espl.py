@@ -185,7 +185,7 @@ class Config:
     test_prompt: str = flag("best", "Evaluation", "highest mu - lambda sigma, or latest", choices=("best", "latest"))
     table: bool = flag(True, "Evaluation", "at the end: weights before, after x root, tested prompt, on the test set")
     eval_only: bool = flag(False, "Evaluation", "only that table, of --resume's run or of --model; nothing is trained")
-    eval_from: str = flag("checkpoints", "Evaluation", "last of these, or the best", choices=("checkpoints", "best"))
+    eval_from: str = flag("checkpoints", "Evaluation", "the last, or validation's", choices=("checkpoints", "best"))
 
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
@@ -1749,7 +1749,7 @@ def task_file(name: str) -> dict[str, Any]:
     if not name:
         return {}
     if name in MATHS:
-        read = lambda file, names: [] if file else [x for data_set in names for x in read_hub(data_set)]
+        read = lambda needless, names: [] if needless else [x for data_set in names for x in read_hub(data_set)]
         return {"problems": lambda c: list(map(read, (c.train_file or c.eval_only, c.test_file), MATHS[name]))}
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / "tasks" / f"{name}.py"
     if not path.is_file():
@@ -2724,8 +2724,9 @@ def main(argv: list[str] | None = None) -> int:
         prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train or task.test]
         lengths = max(map(len, prompts)), min(max(map(len, prompts)) + c.max_new_tokens, run.policy.context)
         first, last = (rows_for(run.policy, 2**30, cache_length(run.policy, n)) for n in lengths)
-        print(f"{'evaluation' if c.eval_only else f'{c.mode}, {last_iteration(run)} iterations,'} on {task.name}: "
-              f"{len(task.train)} training, {len(task.val)} validation, {len(task.test)} test problems\n{c.model} "
+        print(f"{'evaluation' if c.eval_only else c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} "
+              f"validation, {len(task.test)} test problems"
+              f"{'' if c.eval_only else f', {last_iteration(run)} iterations'}\n{c.model} "
               f"({cfg.dtype}, {f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on "
               f"{len(jax.devices())} {jax.default_backend()} device(s), up to {first} rollouts at once"
               f"{f', {last} of the longest' * (last < first)}\nwriting {run.directory}", flush=True)
