@@ -2089,6 +2089,9 @@ REPORT = Path(__file__).with_name("tools") / "report.py"  # draws curves.png and
 HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
 
 
+STOPS: list[int] = []  # signals that told the program to stop
+
+
 class UserError(Exception):
     """Bad input. The message is one line that says what to do; the program prints it and exits with code 2."""
 
@@ -2568,13 +2571,16 @@ def not_finite(run: Run, iteration: int, learning: dict, samples: list[Sample]) 
 
 
 def finish_iteration(run: Run, m: dict) -> None:
-    """Ends a run with weights that are not finite, or after five updates in a row that were left out, and five more."""
+    """Ends a run with weights that are not finite, or after five updates in a row that were left out, and five more;
+    or when it was told to stop, where a library has swallowed that (about one Ctrl-C in thirty, while XLA compiles)."""
     bad = m.get("not_finite", {"weights": 0, "updates": 0})
     run.finished = -1 if bad["weights"] else m["iteration"]  # -1: no checkpoint of such weights
     if bad["weights"] or bad["updates"] and bad["updates"] % 5 == 0:
         raise UserError(f"{bad['weights']} weights, and the gradients of {bad['updates']} updates in a row, are nan or "
                         f"infinite (rollouts: {run.directory / 'not_finite.jsonl'}); lower --learning-rate in a new run"
                         f", or continue with: python espl.py --resume {run.directory}")
+    if STOPS:
+        raise KeyboardInterrupt(STOPS[0])
 
 
 # ---- The screen and the program
@@ -2757,6 +2763,7 @@ if __name__ == "__main__":
     def stop(number, _):  # the first SIGTERM or Ctrl-C is raised wherever the program is, a second one ends it at once
         for s in handled:
             signal.signal(s, signal.SIG_DFL)
+        STOPS.append(number)
         raise KeyboardInterrupt(number)
 
     handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]  # by `nohup … &`

@@ -3273,6 +3273,16 @@ def test_interrupted_from_outside(world, tmp_path, ctrl_c):
     assert [m["iteration"] for m in metrics(play(["--resume", tmp_path / "run"]))] == [0, 1]
 
 
+def test_a_stop_that_a_library_swallows_ends_the_iteration(world, tmp_path, monkeypatch, capsys):
+    """As XLA does now and then: what the handler raises never arrives."""
+    monkeypatch.setattr(espl, "STOPS", [])
+    run = play(flags(world, tmp_path / "run", save_every=9), 143,
+               grade=lambda *args, grade=espl.grade: (espl.STOPS.append(signal.SIGTERM), grade(*args))[1])
+    assert "interrupted by SIGTERM; continue with" in capsys.readouterr().err
+    assert [m["iteration"] for m in metrics(run)] == [0]
+    assert [p.name for p in (run.directory / "checkpoints").iterdir()] == ["0"]
+
+
 def test_killed_and_terminated_from_outside(world, run_of, tmp_path):
     """SIGKILL as iteration 1 begins; SIGTERM to what goes on, where SIGINT is ignored, as of `nohup … &`."""
     whole = run_of("rl")
