@@ -51,13 +51,16 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+import warnings
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -79,7 +82,7 @@ import orbax.checkpoint as ocp
 import trueskill
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
@@ -87,10 +90,11 @@ from tqdm import tqdm
 # 2. Config: the flags. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
 
+HOSTS = ("coordinator", "num_processes", "process_id")
 RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache", "table",
-             "reflector_concurrency", "reflector_timeout", "max_reflector_tokens")
+             "reflector_concurrency", "reflector_timeout", "max_reflector_tokens", "model_parallel", "join_timeout", *HOSTS)
 EVALUABLE = (*RESUMABLE, "eval_only", "eval_from", "run_dir", "test_file", "test_size", "test_samples", "test_greedy",
-             "test_prompt", "temperature", "top_p", "max_new_tokens", "max_tool_calls", "model_parallel")
+             "test_prompt", "temperature", "top_p", "max_new_tokens", "max_tool_calls")
 MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts",
              "iterations", "seed", "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
@@ -192,6 +196,10 @@ class Config:
     save_every: int = flag(1, "Run", "iterations between checkpoints", low=1)
     track: str = flag("", "Run", "also log to wandb:PROJECT or trackio:PROJECT")
     compile_cache: str = flag("~/.cache/espl/jax", "Run", "folder of compiled programs ('': off)")
+    coordinator: str = flag("", "Run", "HOST:PORT of process 0 of several (docs/hosts.md; TPU, Slurm: found out)")
+    num_processes: int = flag(0, "Run", "with --coordinator: how many processes there are", low=0)
+    process_id: int = flag(0, "Run", "with --coordinator: which of them this is, from 0", low=0)
+    join_timeout: int = flag(300, "Run", "seconds in which all processes must have started", low=1)
 
 # ======================================================================================================================
 # 3. Algorithm 1: the loop over iterations, and one iteration from rollouts to children
@@ -322,7 +330,7 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
     with timed(run, "grade" if split == "train" else "evaluate"):
         last_turns = [(x, final_text(chat.text(y.tokens[y.turn:], y.tokens[:y.turn] or prompt)))
                       for (_, x, _), prompt, group in zip(pairs, prompts, responses) for y in group]
-        graded = iter(grade(run.task, last_turns))
+        graded = iter(on_host_0(grade, run.task, last_turns))
     groups = []
     for (s, x, _), prompt, group in zip(pairs, prompts, responses):
         texts = [chat.text(y.tokens, prompt) for y in group]
@@ -685,8 +693,9 @@ def rl_update(trainer: Trainer, samples: list[Sample], num_rollouts: int) -> dic
     gradient, sums = zeros_like(policy.theta), []
     batches = list(microbatches(samples, trainer.max_tokens, policy.mesh.shape["data"]))
     remat = cheapest_remat(policy.cfg, policy.mesh, trainer.max_tokens)
+    spread = jax.sharding.NamedSharding(policy.mesh, P("data"))
     for batch in progress(batches, desc="updating"):
-        batch = jax.device_put(batch, jax.sharding.NamedSharding(policy.mesh, P("data")))
+        batch = {name: jax.make_array_from_callback(x.shape, spread, x.__getitem__) for name, x in batch.items()}
         gradient, metrics = add_gradient(gradient, policy.theta, policy.theta_ref, policy.graphdef, policy.frozen,
                                          batch, num_rollouts, objective, remat)
         sums.append(metrics)
@@ -932,6 +941,7 @@ def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int],
     stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
     with progress(total=len(queue), desc=sampling.label) as bar:
         while queue or decoder.parked or any(decoder.rows):
+            stop_if_told()
             resize(decoder, queue)
             admit(decoder, queue)
             feed(decoder)
@@ -1166,6 +1176,8 @@ def decode_chunk(graphdef, theta, frozen, layers, cache, token_B, position_B, re
     start = (0, cache, token_B, position_B, remaining_B, jnp.full((DECODE_CHUNK, B), -1), jnp.zeros((DECODE_CHUNK, B)))
     going = lambda carry: (carry[0] < DECODE_CHUNK) & jnp.any(carry[4] > 0)
     _, cache, *_, tokens, logprobs = jax.lax.while_loop(going, step, start)
+    if jax.process_count() > 1:  # each reads all of them
+        tokens, logprobs = constrain(tokens), constrain(logprobs)
     return cache, tokens, logprobs
 
 
@@ -1650,9 +1662,11 @@ def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh
     def read(index):  # index: for every axis of the stacked weight, the slice that one device holds
         if (key := str(index)) not in shards:
             inner = index[stacked:][::-1] if transposed else index[stacked:]
-            parts = [tensors[name][inner] for name in (names[index[0]] if stacked else names)]
-            parts = [p.T if transposed else p for p in parts]
-            shards[key] = (np.stack(parts) if stacked else parts[0]).astype(leaf.dtype)
+            sizes = [len(range(n)[part]) for n, part in zip(leaf.shape, index)]
+            shards[key] = shard = np.empty(sizes, leaf.dtype)
+            for i, name in enumerate(names[index[0]] if stacked else names):  # beside the shard one tensor's part
+                part = tensors[name][inner]
+                shard[i if stacked else ...] = part.T if transposed else part
         return shards[key]
 
     return jax.make_array_from_callback(leaf.shape, weight_sharding(path, leaf.shape, mesh), read)
@@ -1938,7 +1952,7 @@ def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list
     if r.calls > run.config.max_tool_calls:
         r.stop = "calls"
         return []
-    return run.chat.tool_turn(call_tool(run.task.tools, run.chat.text(
+    return run.chat.tool_turn(on_host_0(call_tool, run.task.tools, run.chat.text(
         r.tokens[start:], r.tokens[:start] or prompts[g], special=True)))
 
 
@@ -2090,6 +2104,8 @@ HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy
 
 
 STOPS: list[int] = []  # signals that told the program to stop
+OVER = threading.Event()  # the program has ended, but for its shutdown
+LOST_SECONDS = 40         # without an answer from a process, until the others end
 
 
 class UserError(Exception):
@@ -2115,12 +2131,101 @@ def first_line(error: Exception) -> str:
 
 def warn(message: str) -> None:
     """A line to stderr that does not tear a progress bar."""
-    tqdm.write(f"espl: warning: {message}", file=sys.stderr)
+    if not jax.process_index():
+        tqdm.write(f"espl: warning: {message}", file=sys.stderr)
 
 
 def progress(iterable=None, **kwargs):
     """A progress bar that vanishes when done, so that the log keeps one line an iteration."""
     return tqdm(iterable, leave=False, dynamic_ncols=True, disable=None, **kwargs)
+
+
+# ---- Several processes (docs/hosts.md): the same program on the same decisions; files and the screen are process 0's
+
+def join(c: Config) -> None:
+    """Before any device is touched: makes one run of the processes of a TPU slice, a Slurm or MPI job, or as the flags
+    say. Ends the program if not all have come in time: JAX would do so itself, in forty lines."""
+    explicit = {}
+    if c.coordinator:
+        explicit = dict(coordinator_address=c.coordinator, num_processes=c.num_processes, process_id=c.process_id,
+                        cluster_detection_method="deactivate")
+        if not re.search(r".:\d+$", c.coordinator) or c.process_id >= c.num_processes:
+            raise UserError("--coordinator is HOST:PORT, with --num-processes P and --process-id I, from 0 to P - 1")
+    else:
+        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks, too
+        with warnings.catch_warnings(action="ignore"):
+            found = next((e for e in ClusterEnv._cluster_types if not e.opt_in_only_method and e.is_env_present()), None)
+            if not found or found.get_process_count() < 2:
+                return
+
+    def late():
+        print(f"espl: error: not all processes of the run started within {c.join_timeout} s; see their output, or raise "
+              "--join-timeout", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(c.join_timeout, late)
+    timer.start()
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.distributed.initialize(**explicit, initialization_timeout=c.join_timeout + 60)
+    timer.cancel()
+    jax.devices()  # here the others are waited for a last time
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")
+    for name in HOSTS:  # of no meaning from here on, nor to who resumes
+        setattr(c, name, Config.__dataclass_fields__[name].default)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def watch() -> None:
+    """Meets the threads of the other processes every few seconds. If one stays away, for it has died, or hangs, no
+    collective will ever end: the program does, with a line that names it."""
+    meet = ocp.multihost.get_barrier_sync_fn()
+    while not OVER.wait(5):
+        try:
+            meet(key="alive", timeout_ms=1000 * LOST_SECONDS)
+        except Exception as e:
+            if OVER.is_set():
+                return
+            names = re.search(r"timed out task names:\s*([\d\s]+)", str(e))
+            which = f"process {', '.join(names[1].split())} of" if names else "another of"
+            print(f"espl: error: {which} {jax.process_count()} does not answer; see its output, and continue with "
+                  "--resume on all hosts", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def on_host_0(function: Callable, *args) -> Any:
+    """What function(*args) returns, or raises, on process 0, the only one that calls it, on all of them."""
+    if jax.process_count() == 1:
+        return function(*args)
+    result = error = None
+    if not jax.process_index():
+        try:
+            result = function(*args)
+        except Exception as e:
+            error = e if isinstance(e, (UserError, NoChild)) else RuntimeError(first_line(e))
+    data = np.frombuffer(pickle.dumps((result, error)), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    data = np.resize(data, bucket(size, 4096))  # few lengths: each is a program
+    result, error = pickle.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+    if error:
+        raise error
+    return result
+
+
+def same_everywhere(what: str, *values) -> None:
+    """Raises UserError if processes differ in these values, as they would then wait for each other for ever."""
+    digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(values).encode())))
+    if len(others := {*np.atleast_1d(digests).tolist()}) > 1:
+        raise UserError(f"the processes have {len(others)} different {what}; start the same command on every host")
+
+
+def stop_if_told() -> None:
+    """Ends an iteration when the program was told to stop; of several processes all, if any was."""
+    told = STOPS[0] if STOPS else 0
+    if jax.process_count() > 1:
+        told = int(multihost_utils.process_allgather(np.int32(told)).max())
+    if told:
+        raise KeyboardInterrupt(told)
 
 
 @dataclass
@@ -2150,6 +2255,8 @@ class Run:
 
     def append(self, file: str, records: list[dict]) -> None:
         """Append records to a JSONL file of the run, all or none. A full disk is reported, it does not end the run."""
+        if jax.process_index():
+            return
         path, text = self.directory / file, ""
         size = path.stat().st_size if path.is_file() else 0
         try:
@@ -2204,16 +2311,27 @@ def start_run(c: Config) -> Run:
     optimizer = optax.apply_if_finite(optimizer, 2**30)  # one infinite gradient must not end a week's run
     trainer = Trainer(policy, optimizer, adam_init(optimizer, policy.theta),
                       Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef), c.microbatch_tokens)
+    run = Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], Path())  # Alg. 1, line 1
+    same_everywhere("flags, problems, texts or code", c, task.train, task.val, task.test, task.texts, policy.cfg,
+                    Path(__file__).read_bytes())
     name = f"{c.resume}/eval" if c.resume else f"runs/{task.name}-{'eval' if c.eval_only else c.mode}"
-    c.run_dir = c.run_dir or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = Path(c.run_dir)
+    c.run_dir = on_host_0(lambda: c.run_dir or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run.directory = Path(c.run_dir)
+    on_host_0(open_directory, run)
+    if not (run.directory / "config.json").is_file():
+        raise UserError(f"--run-dir {run.directory} must be on a file system that all hosts share")
+    return run
+
+
+def open_directory(run: Run) -> None:
+    """Makes the run directory, empty unless the run is resumed."""
+    c, directory = run.config, run.directory
     with explained(f"cannot write --run-dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         if (c.eval_only or not c.resume) and any(directory.iterdir()):
             raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
-        tracker = start_tracker(c)
+        run.tracker = start_tracker(c)
         write_whole(directory / "config.json", json.dumps(dataclasses.asdict(c) | {"resume": ""}, indent=1))
-    return Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], directory, tracker)  # Alg. 1, line 1
 
 
 def load_model(c: Config) -> tuple[Policy, Chat]:
@@ -2242,7 +2360,8 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
 def device_memory() -> dict[str, float]:
     """Bytes of a device: bytes_limit, bytes_in_use. Those that do not say, as CPUs, share this machine's memory."""
     share = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
-    return {"bytes_limit": share, "bytes_in_use": 0} | (jax.local_devices()[0].memory_stats() or {})
+    own = {"bytes_limit": share, "bytes_in_use": 0} | (jax.local_devices()[0].memory_stats() or {})
+    return on_host_0(lambda: own)  # layouts follow from it, and must be the same everywhere
 
 
 def shard_bytes(tree, mesh, sampler: ModelConfig | None = None) -> int:
@@ -2295,7 +2414,7 @@ def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict
     seed = run.seed(f"{request}/{calls[request]}/{iteration}")  # each call has its own
     if external(c):
         prompts = [fill(run.task.texts[request], run.chat.clean(s)) for s in slots]
-        replies = ask_server(run, prompts, seed[1])
+        replies = on_host_0(ask_server, run, prompts, seed[1])
     else:
         theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
         limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
@@ -2323,6 +2442,8 @@ def external(c: Config) -> bool:
 
 def side_by_side(run: Run, learn: Callable[[], dict], evolve: Callable[[], dict]) -> tuple[dict, dict]:
     """Both results. evolve waits for a server, in a thread; the seconds saved are noted as a negative "overlap"."""
+    if jax.process_count() > 1:  # which must send in the same order
+        return learn(), evolve()
     start = time.perf_counter()
     with ThreadPool(1) as pool:  # of a daemon: an interrupted run need not wait for the server
         job = pool.apply_async(evolve)
@@ -2490,7 +2611,7 @@ def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
     if done < 0 and manager.all_steps():
         raise UserError(f"no checkpoint in {manager.directory} is whole; start a new run")
     logs = [run.directory / f"{name}.jsonl" for name in ("metrics", "rollouts", "reflections", "not_finite")]
-    for path in filter(Path.is_file, logs):
+    for path in () if jax.process_index() else filter(Path.is_file, logs):
         with open(path, "rb+") as file:  # bytes: only \n ends a record
             end, kept, line = 0, 0, b"\n"
             for line in file:
@@ -2543,6 +2664,8 @@ def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[
 def write_logs(run: Run, m: dict) -> None:
     """The iteration's line of metrics.jsonl, population.json, and the pictures, of quick runs only at the end."""
     m |= {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}
+    if jax.process_index():
+        return
     run.append("metrics.jsonl", [m])
     try:
         population = [dataclasses.asdict(s) for s in run.population]
@@ -2579,8 +2702,7 @@ def finish_iteration(run: Run, m: dict) -> None:
         raise UserError(f"{bad['weights']} weights, and the gradients of {bad['updates']} updates in a row, are nan or "
                         f"infinite (rollouts: {run.directory / 'not_finite.jsonl'}); lower --learning-rate in a new run"
                         f", or continue with: python espl.py --resume {run.directory}")
-    if STOPS:
-        raise KeyboardInterrupt(STOPS[0])
+    stop_if_told()
 
 
 # ---- The screen and the program
@@ -2722,6 +2844,7 @@ def main(argv: list[str] | None = None) -> int:
                                 if run and not c.eval_only else "")
     try:
         c = parse_args(sys.argv[1:] if argv is None else argv)
+        join(c)
         if c.compile_cache:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
@@ -2742,6 +2865,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
+            if jax.process_count() > 1:
+                time.sleep(2 * LOST_SECONDS)  # if another process has ended, `watch` says which
             raise
         phase = run.phase if run else "load"
         lower = {"load": "--lora-rank, --max-rows", "update": "--microbatch-tokens, --max-new-tokens",
@@ -2764,10 +2889,21 @@ if __name__ == "__main__":
         for s in handled:
             signal.signal(s, signal.SIG_DFL)
         STOPS.append(number)
-        raise KeyboardInterrupt(number)
+        if not jax.distributed.is_initialized():  # else where all processes agree
+            raise KeyboardInterrupt(number)
 
     handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]  # by `nohup … &`
     for s in handled:
         signal.signal(s, stop)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a task's own processes
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    OVER.set()
+    if code and jax.distributed.is_initialized():  # at once: who waits for this process must notice
+        time.sleep(not jax.process_index())  # it has the coordinator: the others first
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
