@@ -51,16 +51,13 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
-import warnings
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -90,9 +87,8 @@ from tqdm import tqdm
 # 2. Config: the flags. Defaults are the paper's (section Hyper-parameters) where it gives them.
 # ======================================================================================================================
 
-HOSTS = ("coordinator", "num_processes", "process_id")
 RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache", "table",
-             "reflector_concurrency", "reflector_timeout", "max_reflector_tokens", "model_parallel", "join_timeout", *HOSTS)
+             "reflector_concurrency", "reflector_timeout", "max_reflector_tokens", "model_parallel")
 EVALUABLE = (*RESUMABLE, "eval_only", "eval_from", "run_dir", "test_file", "test_size", "test_samples", "test_greedy",
              "test_prompt", "temperature", "top_p", "max_new_tokens", "max_tool_calls")
 MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts",
@@ -196,10 +192,6 @@ class Config:
     save_every: int = flag(1, "Run", "iterations between checkpoints", low=1)
     track: str = flag("", "Run", "also log to wandb:PROJECT or trackio:PROJECT")
     compile_cache: str = flag("~/.cache/espl/jax", "Run", "folder of compiled programs ('': off)")
-    coordinator: str = flag("", "Run", "HOST:PORT of process 0 of several (docs/hosts.md; TPU, Slurm: found out)")
-    num_processes: int = flag(0, "Run", "with --coordinator: how many processes there are", low=0)
-    process_id: int = flag(0, "Run", "with --coordinator: which of them this is, from 0", low=0)
-    join_timeout: int = flag(300, "Run", "seconds in which all processes must have started", low=1)
 
 # ======================================================================================================================
 # 3. Algorithm 1: the loop over iterations, and one iteration from rollouts to children
@@ -2100,12 +2092,11 @@ MATH_VERIFY_SOURCE = inspect.getsource(math_verify_process)  # now: this file ma
 # ======================================================================================================================
 
 REPORT = Path(__file__).with_name("tools") / "report.py"  # draws curves.png and tree.png; a run does without it
+HOSTS = REPORT.with_name("hosts.py")                      # joins several processes; one does without it
 HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
 
 
 STOPS: list[int] = []  # signals that told the program to stop
-OVER = threading.Event()  # the program has ended, but for its shutdown
-LOST_SECONDS = 40         # without an answer from a process, until the others end
 
 
 class UserError(Exception):
@@ -2140,87 +2131,30 @@ def progress(iterable=None, **kwargs):
     return tqdm(iterable, leave=False, dynamic_ncols=True, disable=None, **kwargs)
 
 
-# ---- Several processes (docs/hosts.md): the same program on the same decisions; files and the screen are process 0's
-
-def join(c: Config) -> None:
-    """Before any device is touched: makes one run of the processes of a TPU slice, a Slurm or MPI job, or as the flags
-    say. Ends the program if not all have come in time: JAX would do so itself, in forty lines."""
-    explicit = {}
-    if c.coordinator:
-        explicit = dict(coordinator_address=c.coordinator, num_processes=c.num_processes, process_id=c.process_id,
-                        cluster_detection_method="deactivate")
-        if not re.search(r".:\d+$", c.coordinator) or c.process_id >= c.num_processes:
-            raise UserError("--coordinator is HOST:PORT, with --num-processes P and --process-id I, from 0 to P - 1")
-    else:
-        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks, too
-        with warnings.catch_warnings(action="ignore"):
-            found = next((e for e in ClusterEnv._cluster_types if not e.opt_in_only_method and e.is_env_present()), None)
-            if not found or found.get_process_count() < 2:
-                return
-
-    def late():
-        print(f"espl: error: not all processes of the run started within {c.join_timeout} s; see their output, or raise "
-              "--join-timeout", file=sys.stderr, flush=True)
-        os._exit(2)
-
-    timer = threading.Timer(c.join_timeout, late)
-    timer.start()
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    jax.distributed.initialize(**explicit, initialization_timeout=c.join_timeout + 60)
-    timer.cancel()
-    jax.devices()  # here the others are waited for a last time
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")
-    for name in HOSTS:  # of no meaning from here on, nor to who resumes
-        setattr(c, name, Config.__dataclass_fields__[name].default)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def watch() -> None:
-    """Meets the threads of the other processes every few seconds. If one stays away, for it has died, or hangs, no
-    collective will ever end: the program does, with a line that names it."""
-    meet = ocp.multihost.get_barrier_sync_fn()
-    while not OVER.wait(5):
-        try:
-            meet(key="alive", timeout_ms=1000 * LOST_SECONDS)
-        except Exception as e:
-            if OVER.is_set():
-                return
-            names = re.search(r"timed out task names:\s*([\d\s]+)", str(e))
-            which = f"process {', '.join(names[1].split())} of" if names else "another of"
-            print(f"espl: error: {which} {jax.process_count()} does not answer; see its output, and continue with "
-                  "--resume on all hosts", file=sys.stderr, flush=True)
-            os._exit(1)
-
+# ---- Several processes (docs/hosts.md) run the same program on the same seeds; process 0 has the files and the screen.
 
 def on_host_0(function: Callable, *args) -> Any:
-    """What function(*args) returns, or raises, on process 0, the only one that calls it, on all of them."""
+    """What function(*args) returns or raises on process 0, which alone calls it, on all processes."""
     if jax.process_count() == 1:
         return function(*args)
+    import pickle
     result = error = None
-    if not jax.process_index():
+    if jax.process_index() == 0:
         try:
             result = function(*args)
         except Exception as e:
             error = e if isinstance(e, (UserError, NoChild)) else RuntimeError(first_line(e))
     data = np.frombuffer(pickle.dumps((result, error)), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    data = np.resize(data, bucket(size, 4096))  # few lengths: each is a program
-    result, error = pickle.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+    data = multihost_utils.broadcast_one_to_all(np.resize(data, bucket(size, 4096)))  # few lengths, so few programs
+    result, error = pickle.loads(data.tobytes())
     if error:
         raise error
     return result
 
 
-def same_everywhere(what: str, *values) -> None:
-    """Raises UserError if processes differ in these values, as they would then wait for each other for ever."""
-    digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(values).encode())))
-    if len(others := {*np.atleast_1d(digests).tolist()}) > 1:
-        raise UserError(f"the processes have {len(others)} different {what}; start the same command on every host")
-
-
 def stop_if_told() -> None:
-    """Ends an iteration when the program was told to stop; of several processes all, if any was."""
+    """Ends the program if it was told to stop; of several processes all, at the same place, if any was told."""
     told = STOPS[0] if STOPS else 0
     if jax.process_count() > 1:
         told = int(multihost_utils.process_allgather(np.int32(told)).max())
@@ -2312,26 +2246,28 @@ def start_run(c: Config) -> Run:
     trainer = Trainer(policy, optimizer, adam_init(optimizer, policy.theta),
                       Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef), c.microbatch_tokens)
     run = Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], Path())  # Alg. 1, line 1
-    same_everywhere("flags, problems, texts or code", c, task.train, task.val, task.test, task.texts, policy.cfg,
-                    Path(__file__).read_bytes())
-    name = f"{c.resume}/eval" if c.resume else f"runs/{task.name}-{'eval' if c.eval_only else c.mode}"
-    c.run_dir = on_host_0(lambda: c.run_dir or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    run.directory = Path(c.run_dir)
-    on_host_0(open_directory, run)
+    same = zlib.crc32(repr((c, task.train, task.val, task.test, task.texts, policy.cfg)).encode())
+    if same != on_host_0(lambda: same):
+        raise UserError("flags, problems, texts or model are not those of process 0; start the same on every host")
+    run.directory = Path(on_host_0(open_directory, run))
     if not (run.directory / "config.json").is_file():
-        raise UserError(f"--run-dir {run.directory} must be on a file system that all hosts share")
+        raise UserError(f"--run-dir {run.directory} is not that of process 0; all hosts must share its file system")
     return run
 
 
-def open_directory(run: Run) -> None:
-    """Makes the run directory, empty unless the run is resumed."""
-    c, directory = run.config, run.directory
+def open_directory(run: Run) -> str:
+    """Makes the run directory, or reopens it, and starts the tracker."""
+    c = run.config
+    name = f"{c.resume}/eval" if c.resume else f"runs/{run.task.name}-{'eval' if c.eval_only else c.mode}"
+    c.run_dir = c.run_dir or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(c.run_dir)
     with explained(f"cannot write --run-dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         if (c.eval_only or not c.resume) and any(directory.iterdir()):
             raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
         run.tracker = start_tracker(c)
         write_whole(directory / "config.json", json.dumps(dataclasses.asdict(c) | {"resume": ""}, indent=1))
+    return c.run_dir
 
 
 def load_model(c: Config) -> tuple[Policy, Chat]:
@@ -2634,7 +2570,7 @@ def resumed_and_saved(run: Run):
     try:
         yield
     finally:
-        if run.finished >= 0 and not (run.directory / "checkpoints" / str(run.finished)).exists():
+        if run.finished >= 0 and not on_host_0((run.directory / "checkpoints" / str(run.finished)).exists):
             save_checkpoint(run, run.finished)
 
 
@@ -2805,7 +2741,7 @@ def parse_args(argv: list[str]) -> Config:
         kind = dataclasses.make_dataclass("TaskConfig", flags, bases=(Config,))
         defaults = dataclasses.asdict(kind(**own.get("DEFAULTS", {}) | {"task": named.task} | saved))
     parser = argparse.ArgumentParser(
-        usage="python espl.py [--task TASK] [flags]", description=__doc__.split("\n")[0],
+        usage="python espl.py [--task TASK] [flags]; of several hosts: docs/hosts.md", description=__doc__.split("\n")[0],
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
     parser.error, fields = stop, {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(kind)}
@@ -2843,8 +2779,12 @@ def main(argv: list[str] | None = None) -> int:
     run, again = None, lambda: (f"; continue with: python espl.py --resume {run.directory}"
                                 if run and not c.eval_only else "")
     try:
-        c = parse_args(sys.argv[1:] if argv is None else argv)
-        join(c)
+        argv, join = sys.argv[1:] if argv is None else argv, None
+        if HOSTS.is_file():
+            argv, join = runpy.run_path(str(HOSTS))["prepare"](argv)
+        c = parse_args(argv)
+        if join:
+            join()
         if c.compile_cache:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
@@ -2865,8 +2805,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
-            if jax.process_count() > 1:
-                time.sleep(2 * LOST_SECONDS)  # if another process has ended, `watch` says which
+            time.sleep(90 * (jax.process_count() > 1))  # if another process has gone, tools/hosts.py ends this one
             raise
         phase = run.phase if run else "load"
         lower = {"load": "--lora-rank, --max-rows", "update": "--microbatch-tokens, --max-new-tokens",
@@ -2889,7 +2828,7 @@ if __name__ == "__main__":
         for s in handled:
             signal.signal(s, signal.SIG_DFL)
         STOPS.append(number)
-        if not jax.distributed.is_initialized():  # else where all processes agree
+        if not jax.distributed.is_initialized():  # of several processes, `stop_if_told` ends all at the same place
             raise KeyboardInterrupt(number)
 
     handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]  # by `nohup … &`
@@ -2901,9 +2840,7 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         code = 1
-    OVER.set()
-    if code and jax.distributed.is_initialized():  # at once: who waits for this process must notice
-        time.sleep(not jax.process_index())  # it has the coordinator: the others first
-        sys.stderr.flush()
-        os._exit(code)
+    if code and jax.distributed.is_initialized():
+        time.sleep(jax.process_index() == 0)  # the others need it, should they also have something to say
+        os._exit(code)                        # a normal end would wait for them, and they might wait for this process
     sys.exit(code)

@@ -1,0 +1,92 @@
+"""Several processes for one run, by JAX's own runtime: espl.py joins them before it touches a device (docs/hosts.md).
+
+A collective may never end if one process has gone, and what JAX does about that takes it minutes and forty lines. So
+the processes meet in a barrier of JAX's coordinator every few seconds, in a thread; when one stays away, the others end
+with one line that names it.
+"""
+
+import argparse
+import atexit
+import os
+import re
+import sys
+import threading
+import warnings
+from functools import partial
+
+import jax
+import orbax.checkpoint as ocp
+
+LOST_SECONDS = 30  # without an answer, until a process counts as gone
+
+
+def prepare(argv: list[str]):
+    """(the flags that are not about processes, a function that joins them or None: there is only this one)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, kind, default in (("coordinator", str, ""), ("num-processes", int, 0), ("process-id", int, -1),
+                                ("join-timeout", int, 300)):
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.error = lambda message: end(2, f"{message}; see docs/hosts.md")
+    args, rest = parser.parse_known_args(argv)
+    if args.coordinator or args.num_processes or args.process_id >= 0:
+        if not re.search(r".:\d+$", args.coordinator) or not 0 <= args.process_id < args.num_processes:
+            parser.error("--coordinator HOST:PORT, --num-processes P and --process-id I, from 0 to P - 1, go together")
+        how = dict(coordinator_address=args.coordinator, num_processes=args.num_processes, process_id=args.process_id,
+                   cluster_detection_method="deactivate")
+        return rest, partial(join, args.join_timeout, how)
+    return rest, partial(join, args.join_timeout, {}) if detected_processes() > 1 else None
+
+
+def detected_processes() -> int:
+    """How many processes jax.distributed.initialize() would find of a TPU slice, a Slurm or an MPI job. It is not to
+    find a single one: of a Slurm task it would hide all GPUs but the first."""
+    from jax._src.clusters import ClusterEnv
+    with warnings.catch_warnings(action="ignore"):  # of a Kubernetes that has nothing to do with it
+        kinds = [e for e in ClusterEnv._cluster_types if not e.opt_in_only_method and e.is_env_present()]
+        return kinds[0].get_process_count() if kinds else 1
+
+
+def join(seconds: int, how: dict) -> None:
+    """Makes one run of all processes, or ends the program if one does not come in time."""
+    timer = threading.Timer(seconds, end, [2, f"not all processes of this run have started within {seconds} s; see "
+                                              "what the others say, or raise --join-timeout"])
+    timer.start()  # when its own time is over, JAX aborts the process
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    try:
+        jax.distributed.initialize(**how, initialization_timeout=seconds + 60)
+        jax.devices()  # the processes wait for each other here, too
+    except Exception as e:
+        end(2, f"the processes of this run do not find each other ({str(e).splitlines()[0]})")
+    timer.cancel()
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")
+    over = threading.Event()
+    threading.Thread(target=watch, args=[over], daemon=True).start()
+    atexit.register(leave, over)
+
+
+def watch(over: threading.Event) -> None:
+    """Meets the same thread of all other processes, again and again, until it is over."""
+    meet = ocp.multihost.get_barrier_sync_fn()
+    while not over.wait(5):
+        try:
+            meet(key="alive", timeout_ms=1000 * LOST_SECONDS)
+        except Exception as e:
+            if over.is_set():
+                return
+            names = re.search(r"timed out task names:\s*([\d\s]+)", str(e))
+            lost = ", ".join(names[1].split()) if names else "0, the coordinator,"
+            end(1, f"process {lost} of {jax.process_count()} has gone or hangs: see what it said last, and start all "
+                "again with --resume")
+
+
+def leave(over: threading.Event) -> None:
+    """At the end of a run that went well: waits for the others, of which one may be busy with a tracker."""
+    ocp.multihost.get_barrier_sync_fn()(key="over", timeout_ms=600_000)
+    over.set()
+
+
+def end(code: int, message: str) -> None:
+    """Ends the process at once: a normal end would wait for the others."""
+    print(f"espl: error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
