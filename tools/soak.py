@@ -2,6 +2,7 @@
 
     python tools/soak.py --kills 30
     python tools/soak.py --memory 500    # iterations: what a long run takes in memory, programs and files, and a picture
+    python tools/soak.py --hosts         # several processes: tools/soak_hosts.py
 
 The runs are of the default task, cut short. Kills come with SIGKILL at random instants and at the worst ones: while
 sampling, grading, updating, reflecting, in the middle of writing a checkpoint, of `best` or of population.json, between
@@ -150,11 +151,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--memory", type=int, default=0, metavar="ITERATIONS", help="instead: watch one long run")
+    parser.add_argument("--hosts", nargs="?", const="", metavar="CASE", help="instead: several processes, in cases "
+                        "whose name this matches")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="is emptied")
     args, more = parser.parse_known_args(argv)  # more: flags of espl.py
     rng, kills, rounds, began = random.Random(args.seed), 0, 0, time.time()
     shutil.rmtree(args.out, ignore_errors=True)
+    if args.hosts is not None:
+        import soak_hosts
+        return soak_hosts.main(args.out.absolute(), args.hosts)
     if args.memory:
         return watch(args.memory, args.out, more)
     directories = {name: (args.out / name).absolute() for name in ("whole", "killed")}
