@@ -1725,7 +1725,7 @@ class Problem:
     id: str
     question: str
     answers: tuple[str, ...]
-    record: dict = field(default_factory=dict, compare=False)
+    record: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def answer(self) -> str:
@@ -2246,9 +2246,9 @@ def start_run(c: Config) -> Run:
     trainer = Trainer(policy, optimizer, adam_init(optimizer, policy.theta),
                       Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef), c.microbatch_tokens)
     run = Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], Path())  # Alg. 1, line 1
-    same = zlib.crc32(repr((c, task.train, task.val, task.test, task.texts, policy.cfg)).encode())
-    if same != on_host_0(lambda: same):
-        raise UserError("flags, problems, texts or model are not those of process 0; start the same on every host")
+    same = repr((c, task.train, task.val, task.test, task.texts, policy.eos_ids, Path(__file__).read_text()))
+    if (same := zlib.crc32(same.encode())) != on_host_0(lambda: same):
+        raise UserError("flags, problems, texts or code are not those of process 0; start the same on every host")
     run.directory = Path(on_host_0(open_directory, run))
     if not (run.directory / "config.json").is_file():
         raise UserError(f"--run-dir {run.directory} is not that of process 0; all hosts must share its file system")
@@ -2294,10 +2294,10 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
 
 
 def device_memory() -> dict[str, float]:
-    """Bytes of a device: bytes_limit, bytes_in_use. Those that do not say, as CPUs, share this machine's memory."""
+    """Bytes of a device: bytes_limit, bytes_in_use. Those that do not say, as CPUs, share this machine's memory.
+    Of several processes the first one's: the layouts that follow from it must be the same."""
     share = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
-    own = {"bytes_limit": share, "bytes_in_use": 0} | (jax.local_devices()[0].memory_stats() or {})
-    return on_host_0(lambda: own)  # layouts follow from it, and must be the same everywhere
+    return on_host_0(lambda: {"bytes_limit": share, "bytes_in_use": 0} | (jax.local_devices()[0].memory_stats() or {}))
 
 
 def shard_bytes(tree, mesh, sampler: ModelConfig | None = None) -> int:
@@ -2741,8 +2741,8 @@ def parse_args(argv: list[str]) -> Config:
         kind = dataclasses.make_dataclass("TaskConfig", flags, bases=(Config,))
         defaults = dataclasses.asdict(kind(**own.get("DEFAULTS", {}) | {"task": named.task} | saved))
     parser = argparse.ArgumentParser(
-        usage="python espl.py [--task TASK] [flags]; of several hosts: docs/hosts.md", description=__doc__.split("\n")[0],
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        usage="python espl.py [--task TASK] [flags]   (on several hosts: docs/hosts.md)",
+        description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
     parser.error, fields = stop, {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(kind)}
     title = lambda f: "Most used" if f.name in MOST_USED else f.metadata["group"]
@@ -2779,12 +2779,10 @@ def main(argv: list[str] | None = None) -> int:
     run, again = None, lambda: (f"; continue with: python espl.py --resume {run.directory}"
                                 if run and not c.eval_only else "")
     try:
-        argv, join = sys.argv[1:] if argv is None else argv, None
-        if HOSTS.is_file():
-            argv, join = runpy.run_path(str(HOSTS))["prepare"](argv)
+        argv = sys.argv[1:] if argv is None else argv
+        argv, join = runpy.run_path(str(HOSTS))["prepare"](argv) if HOSTS.is_file() else (argv, lambda: None)
         c = parse_args(argv)
-        if join:
-            join()
+        join()
         if c.compile_cache:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
@@ -2840,7 +2838,7 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         code = 1
-    if code and jax.distributed.is_initialized():
-        time.sleep(jax.process_index() == 0)  # the others need it, should they also have something to say
-        os._exit(code)                        # a normal end would wait for them, and they might wait for this process
+    if 0 < code < 128 and jax.distributed.is_initialized():  # not a normal end: the others may wait for this process
+        time.sleep(jax.process_index() == 0)  # as long as this one is there, they can say what they have to
+        os._exit(code)
     sys.exit(code)

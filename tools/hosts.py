@@ -21,7 +21,7 @@ LOST_SECONDS = 30  # without an answer, until a process counts as gone
 
 
 def prepare(argv: list[str]):
-    """(the flags that are not about processes, a function that joins them or None: there is only this one)."""
+    """(the flags that are not about processes, a function that joins these, or does nothing for only one)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, kind, default in (("coordinator", str, ""), ("num-processes", int, 0), ("process-id", int, -1),
                                 ("join-timeout", int, 300)):
@@ -34,7 +34,7 @@ def prepare(argv: list[str]):
         how = dict(coordinator_address=args.coordinator, num_processes=args.num_processes, process_id=args.process_id,
                    cluster_detection_method="deactivate")
         return rest, partial(join, args.join_timeout, how)
-    return rest, partial(join, args.join_timeout, {}) if detected_processes() > 1 else None
+    return rest, partial(join, args.join_timeout, {}) if detected_processes() > 1 else lambda: None
 
 
 def detected_processes() -> int:

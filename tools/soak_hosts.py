@@ -1,11 +1,10 @@
 """The part of tools/soak.py that starts several processes (--hosts): on CPU devices, over gloo on the loopback.
 
-The same few iterations run on one process with 1, 2, 4 and 8 devices and on two processes with two each, sharded by data
-and by model, in several modes; rollouts, their log-probabilities, the gradient and the metrics must be those of one
+The same few iterations run on one process with 1, 2, 4 and 8 devices and on two processes with two each, sharded by
+data and by model, in several modes; rollouts, their log-probabilities, the gradient and the metrics must be those of one
 device. Then a process is killed, and one is told to stop, and the run goes on, also on other devices.
 """
 
-import itertools
 import json
 import os
 import re
@@ -66,7 +65,7 @@ def with_tool(directory: Path) -> str:
 
 
 def observed(out: str, argv: list[str]) -> int:
-    """espl.py in this process; out.<process>.npz: the first batch's log-probabilities and gradient, and what was read."""
+    """espl.py in this process; out.<process>.npz: the first batch's log-probabilities and gradient, and bytes read."""
     sys.path.insert(0, str(ROOT))
     import jax
     import numpy as np
@@ -199,7 +198,8 @@ def ends(out: Path, argv: list[str]) -> bool:
     """Kills and stops processes; returns whether the others end in time, and the run goes on exactly."""
     from soak import state
     layout, argv, fine = (2, 2, 1), [*argv, "--save-every", "2"], True
-    assert wait(start(layout, [*argv, "--run-dir", str(out / "whole")], out / "whole")) == [0, 0], "the whole run failed"
+    codes = wait(start(layout, [*argv, "--run-dir", str(out / "whole")], out / "whole"))
+    assert codes == [0, 0], "the undisturbed run failed"
     whole = state(out / "whole")
     for victim, number in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (1, signal.SIGTERM),
                            (0, signal.SIGTERM)):
@@ -218,8 +218,7 @@ def ends(out: Path, argv: list[str]) -> bool:
               f"{said(directory, 1 - victim)}", flush=True)
         fine &= seconds < 60 and (code == 143 if number == signal.SIGTERM else code != 0)
         saved = sorted(p.name for p in (directory / "checkpoints").iterdir())
-        again = dict(zip(((2, 2, 1), (1, 4, 1), (1, 2, 1)), itertools.count())) if victim else {(2, 2, 1): 0}
-        for other in again:
+        for other in [layout, (1, 4, 1), (1, 2, 1)] if number == signal.SIGTERM and victim else [layout]:
             copy = shutil.copytree(directory, f"{directory}-{'x'.join(map(str, other))}")
             codes = wait(start(other, ["--resume", copy], Path(copy)))
             if any(codes):
@@ -227,8 +226,8 @@ def ends(out: Path, argv: list[str]) -> bool:
                 return False
             found = state(Path(copy))
             wrong = [name for name in whole if found[name] != whole[name]]
-            print(f"  checkpoints {saved}, resumed on {other}: "
-                  + (f"differs in {', '.join(wrong)}" if wrong else "equal to the undisturbed run, to the bit"), flush=True)
+            verdict = f"differs in {', '.join(wrong)}" if wrong else "equal to the undisturbed run, to the bit"
+            print(f"  checkpoints {saved}, resumed on {other}: {verdict}", flush=True)
             fine &= not wrong or other != layout
     return fine
 
