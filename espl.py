@@ -933,7 +933,8 @@ def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int],
     stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
     with progress(total=len(queue), desc=sampling.label) as bar:
         while queue or decoder.parked or any(decoder.rows):
-            stop_if_told()
+            if jax.process_count() > 1:  # one alone is interrupted at once
+                stop_if_told()
             resize(decoder, queue)
             admit(decoder, queue)
             feed(decoder)

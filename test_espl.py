@@ -47,6 +47,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -3300,6 +3301,79 @@ def test_killed_and_terminated_from_outside(world, run_of, tmp_path):
     resumed = play(["--resume", tmp_path / "run"])
     assert metrics(resumed) == metrics(whole) and equal(resumed.policy.theta, whole.policy.theta)
     assert (tmp_path / "run" / "rollouts.jsonl").read_bytes() == (whole.directory / "rollouts.jsonl").read_bytes()
+
+
+HOSTS_TASK = '''
+import jax
+
+
+def reward(record, response):
+    """On process 0 whether the last digit is even; no other one is to be asked."""
+    assert jax.process_index() == 0
+    return float(([d for d in response if d.isdigit()] or "1")[-1] in "02468")
+
+
+def parse(reply):
+    """Any reply becomes an operation."""
+    return [{"operation": "add", "principle": f"w{len(reply)} {reply[:9]}"}]
+
+
+def say() -> str:
+    """Says another number on each process."""
+    return str(7 - jax.process_index())
+
+
+def tools(config):
+    return {"say": say}
+'''
+
+
+def hosts_flags(world, directory, **changes):
+    """A run with a tool, which a word of the model calls, and a learning rate at which rounding stays small."""
+    model = world / "calling_model"
+    if not model.exists():
+        shutil.copytree(world / "model", model)
+        text, call = (model / "tokenizer.json").read_text(), '<tool_call>{"name":"say","arguments":{}}</tool_call>'
+        (model / "tokenizer.json").write_text(text.replace('"w9":', json.dumps(call) + ":"))
+        (world / "hosts.py").write_text(HOSTS_TASK)
+        write_jsonl(world / "tool_prompts.txt", [PROMPTS.replace("w3 {principles}", "w3 {principles} {tools}")])
+    return flags(world, directory, task=world / "hosts.py", model=model, prompts_file=world / "tool_prompts.txt",
+                 learning_rate=1e-4, lora_rank=0, **changes)
+
+
+def test_two_processes(world, tmp_path):
+    """Two processes with two devices each do what one does with one; SIGTERM to the second one ends both, with one
+    checkpoint, from which one process goes on. Rewards and tools' replies are those of process 0."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    argv = [sys.executable, "-u", espl.__file__, *hosts_flags(world, tmp_path / "run", iterations=99, model_parallel=2),
+            "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+    flags_2 = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    processes = [subprocess.Popen([*argv, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env=os.environ | {"XLA_FLAGS": flags_2}) for i in range(2)]
+    try:
+        lines = list(itertools.takewhile(lambda line: not line.startswith("   1 |"), processes[0].stdout))
+        assert " on 4 cpu device(s)" in "".join(lines)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [p.communicate(timeout=60) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [143, 143], outputs
+    assert all("espl: interrupted by SIGTERM" in error and "Traceback" not in error for _, error in outputs)
+    assert "reward" not in outputs[1][0] and "writing" not in outputs[1][0]  # the screen is that of process 0
+    two = SimpleNamespace(directory=tmp_path / "run")
+    done = metrics(two)[-1]["iteration"]
+    assert 1 <= done < 99 and str(done) in {p.name for p in (two.directory / "checkpoints").iterdir()}
+    one = play(hosts_flags(world, tmp_path / "one", iterations=1))
+    same = [[r for r in read_lines(run, "rollouts.jsonl") if r["iteration"] < 2] for run in (one, two)]
+    assert same[0] == same[1] and sum(r["calls"] for r in same[0]) > 9 and {r["reward"] for r in same[0]} == {0, 1}
+    for a, b in zip(metrics(one), metrics(two)):
+        assert {k for k in a if k not in b or a[k] != pytest.approx(b[k], abs=1e-5)} <= {"table"}
+    assert json.loads((two.directory / "config.json").read_text())["model_parallel"] == 2
+    run = play(["--resume", two.directory, "--iterations", done + 1, "--model-parallel", 1])
+    assert [m["iteration"] for m in metrics(run)] == list(range(done + 2))
 
 
 @pytest.fixture

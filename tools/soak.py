@@ -139,10 +139,11 @@ def state(directory: Path) -> dict:
         options = ocp.CheckpointManagerOptions(read_only=True, create=False)
         with ocp.CheckpointManager((directory / name).absolute(), options=options) as manager:
             step = manager.latest_step()
-            saved = manager.restore(step, args=ocp.args.Composite(
-                weights=ocp.args.StandardRestore(), loop=ocp.args.JsonRestore()))
-        leaves = [(str(path), np.asarray(x).tobytes()) for path, x in jax.tree.leaves_with_path(saved["weights"])]
-        found[name] = step, leaves, saved["loop"]
+            loop = manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))["loop"]
+        reader, weights = ocp.PyTreeCheckpointer(), directory.absolute() / name / str(step) / "weights"
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), reader.metadata(weights).item_metadata.tree)
+        saved = reader.restore(weights, ocp.args.PyTreeRestore(restore_args=as_numpy))  # other devices may have saved it
+        found[name] = step, [(str(path), x.tobytes()) for path, x in jax.tree.leaves_with_path(saved)], loop
     return found
 
 
