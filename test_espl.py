@@ -3270,8 +3270,10 @@ def ctrl_c():
 
 
 def test_interrupted_from_outside(world, tmp_path, ctrl_c):
-    """Ctrl-C in another process, before the first checkpoint; the command that it names continues the run."""
-    command = [sys.executable, "-u", espl.__file__, *flags(world, tmp_path / "run", iterations=1)]
+    """Ctrl-C in another process, of espl.py with no other file of ours beside it, before the first checkpoint; the
+    command that it names continues the run."""
+    shutil.copy(espl.__file__, tmp_path)
+    command = [sys.executable, "-u", tmp_path / "espl.py", *flags(world, tmp_path / "run", iterations=1)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert any("writing" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
@@ -3932,8 +3934,8 @@ def call_flags(d, run_dir, tool=look_up, **changes) -> list[str]:
     given = dict(task=d / f"{tool.__name__}.py", model=d, train_file=d / "train.jsonl", train_size=400,
                  test_file=d / "test.jsonl",
                  prompts_file=d / "prompts.txt", lora_rank=0, learning_rate=2e-3, max_grad_norm=1, temperature=1,
-                 top_p=1, max_new_tokens=30, batch_size=16, num_rollouts=4, iterations=30, val_size=8, test_samples=4,
-                 eval_every=30, save_every=30, reflect_tokens=16, run_dir=run_dir, compile_cache="") | changes
+                 top_p=1, max_new_tokens=30, batch_size=16, num_rollouts=4, iterations=21, val_size=8, test_samples=4,
+                 eval_every=21, save_every=21, reflect_tokens=16, run_dir=run_dir, compile_cache="") | changes
     return [a for k, v in given.items() for a in ("--" + k.replace("_", "-"), str(v))]
 
 
@@ -4347,9 +4349,7 @@ def test_probe_measures_replies(monkeypatch):
 
 
 GLYPH_RUNS = [["--mode", mode] for mode in espl.MODES] + [
-    ["--selection", "softmax", "--loss", "ppo"], ["--selection", "ucb", "--loss", "cispo", "--lora-rank", "4"],
-    ["--selection", "lucb", "--loss", "reinforce", "--kl-coef", "0.1"],
-    ["--selection", "uniform", "--baseline", "marginal"]]
+    ["--selection", "lucb", "--loss", "ppo", "--kl-coef", "0.1", "--lora-rank", "4", "--baseline", "marginal"]]
 
 
 @pytest.mark.parametrize("changes", GLYPH_RUNS, ids=" ".join)
@@ -4973,13 +4973,9 @@ def test_the_file_is_alone_and_readable():
         '        named.task = "glyphs"']
 
 
-def test_without_tasks_the_default_says_what_is_missing(world, tmp_path):
+def test_without_tasks_the_default_says_what_is_missing(tmp_path):
     for name in ("espl.py", "prompts_seed.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    start = lambda *argv: subprocess.run([sys.executable, tmp_path / "espl.py", *map(str, argv)], capture_output=True,
-                                         text=True, timeout=120, cwd=tmp_path)
-    alone = start()
+    alone = subprocess.run([sys.executable, tmp_path / "espl.py"], capture_output=True, text=True, timeout=120)
     missing = r"espl: error: --task glyphs: there is no .*; get the folder tasks.*\n"
     assert alone.returncode == 2 and re.fullmatch(missing, alone.stderr)
-    run = start(*flags(world, tmp_path / "run", iterations=1))
-    assert run.returncode == 0 and (tmp_path / "run" / "metrics.jsonl").is_file(), run.stderr
