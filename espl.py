@@ -62,8 +62,8 @@ import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import cached_property, partial, reduce
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
 for _name, _value in {"TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_VERBOSITY": "error",
@@ -89,8 +89,6 @@ from tqdm import tqdm
 
 RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache", "table",
              "reflector_concurrency", "reflector_timeout", "max_reflector_tokens", "model_parallel")
-EVALUABLE = (*RESUMABLE, "eval_only", "eval_from", "run_dir", "test_file", "test_size", "test_samples", "test_greedy",
-             "test_prompt", "temperature", "top_p", "max_new_tokens", "max_tool_calls")
 MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts",
              "iterations", "seed", "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
@@ -184,8 +182,6 @@ class Config:
     test_greedy: bool = flag(False, "Evaluation", "also one greedy response to each test problem")
     test_prompt: str = flag("best", "Evaluation", "highest mu - lambda sigma, or latest", choices=("best", "latest"))
     table: bool = flag(True, "Evaluation", "at the end: weights before, after x root, tested prompt, on the test set")
-    eval_only: bool = flag(False, "Evaluation", "only that table, of --resume's run or of --model; nothing is trained")
-    eval_from: str = flag("checkpoints", "Evaluation", "the last, or validation's", choices=("checkpoints", "best"))
 
     run_dir: str = flag("", "Run", "where everything is written (default: runs/<task>-<mode>-<time>)")
     resume: str = flag("", "Run", "run directory to continue; its flags are taken from there")
@@ -247,7 +243,7 @@ def espl_iteration(run: Run, iteration: int) -> dict:
             return breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng, run.chat.control,
                                          run.task.texts), iteration)
 
-    learning, evolution = side_by_side(run, learn, evolve) if external(c) else (learn(), evolve())
+    learning, evolution = run.server.side_by_side(run, learn, evolve) if run.server else (learn(), evolve())
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
 
 
@@ -1756,8 +1752,8 @@ def task_file(name: str) -> dict[str, Any]:
     if not name:
         return {}
     if name in MATHS:
-        read = lambda needless, names: [] if needless else [x for data_set in names for x in read_hub(data_set)]
-        return {"problems": lambda c: list(map(read, (c.train_file or c.eval_only, c.test_file), MATHS[name]))}
+        read = lambda file, names: [] if file else [x for data_set in names for x in read_hub(data_set)]
+        return {"problems": lambda c: list(map(read, (c.train_file, c.test_file), MATHS[name]))}
     path = Path(name) if name.endswith(".py") else Path(__file__).parent / "tasks" / f"{name}.py"
     if not path.is_file():
         raise UserError(f"--task {name}: there is no {path}; get the folder tasks/, or choose of {', '.join(MATHS)}")
@@ -1765,19 +1761,20 @@ def task_file(name: str) -> dict[str, Any]:
         return runpy.run_path(str(path))
 
 
-def load_task(c: Config) -> Task:
-    """Problems, split into train and validation by the seed, and the texts, reward and language of config's task."""
+def load_task(c: Config, training: bool = True) -> Task:
+    """Problems, split into train and validation by the seed (training=False: the test set alone), and the texts, reward
+    and language of config's task."""
     own = task_file(c.task)
     with explained(f"task {c.task}: its texts, tools or problems fail"):
         texts = read_prompts(c.prompts_file or DEFAULT_PROMPTS, Path(c.task).stem, own.get("PROMPTS", ""))
         tools = dict(own["tools"](c)) if "tools" in own else {}
-        given = c.test_file and (c.train_file or c.eval_only)
+        given = c.test_file and (c.train_file or not training)
         train, test = map(list, own["problems"](c) if "problems" in own and not given else ([], []))
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
     rng, parts, seen = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), [], set()
     sources = [(c.test_file, test, "--test-file"), (c.train_file, train, "--train-file")]
-    for file, records, flag_name in sources[: 1 if c.eval_only else 2]:
+    for file, records, flag_name in sources[: 1 + training]:
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
         new = {x.question: x for x in reversed(found) if x.question not in seen}  # of duplicates the first
         if not new:
@@ -2093,7 +2090,6 @@ MATH_VERIFY_SOURCE = inspect.getsource(math_verify_process)  # now: this file ma
 # ======================================================================================================================
 
 REPORT = Path(__file__).with_name("tools") / "report.py"  # draws curves.png and tree.png; a run does without it
-HOSTS = REPORT.with_name("hosts.py")                      # joins several processes; one does without it
 HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
 
 
@@ -2172,6 +2168,7 @@ class Run:
     trainer: Trainer
     population: list[SystemPrompt]
     directory: Path
+    server: Any = None                                    # of --reflector URL: tools/reflector.py
     tracker: Any = None                                   # of --track
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
@@ -2204,18 +2201,11 @@ class Run:
             warn(f"could not write {path}: {first_line(e)}; {len(text):,} characters are lost")
 
 
-def start_tracker(c: Config) -> Any:
-    """The run of --track wandb:PROJECT or trackio:PROJECT, which have the same functions; None without."""
-    name, _, project = c.track.partition(":")
-    if not name:
-        return None
-    if name not in ("wandb", "trackio") or not project:
-        raise UserError(f"--track {c.track}: must be wandb:PROJECT or trackio:PROJECT")
-    with explained(f"--track {c.track} does not start", f"pip install {name}, log in, or set WANDB_MODE=offline"):
-        package = __import__(name)
-        more = {"id": Path(c.run_dir).name} if name == "wandb" else {}  # by which a resumed run is found
-        return package.init(project=project, name=Path(c.run_dir).name, config=dataclasses.asdict(c), resume="allow",
-                            **more)
+def from_tools(name: str) -> SimpleNamespace:
+    """The functions of tools/NAME.py: what the method can do without is loaded only if a flag asks for it."""
+    path = Path(__file__).with_name("tools") / f"{name}.py"
+    with explained(f"cannot load {path}", "get the folder tools/"):
+        return SimpleNamespace(**runpy.run_path(str(path)))
 
 
 @contextlib.contextmanager
@@ -2231,12 +2221,15 @@ def timed(run: Run, phase: str):
         run.seconds[phase] += time.perf_counter() - start
 
 
-def start_run(c: Config) -> Run:
+def start_run(c: Config, task: Task | None = None) -> Run:
     """Load everything, then make (or reopen) the run directory: what is wrong is found before anything is written."""
-    external(c)  # finds mistakes
-    if c.eval_only and c.resume and not any(Path(c.resume, c.eval_from).glob("[0-9]*")):
-        raise UserError(f"there is no checkpoint in {Path(c.resume, c.eval_from)}")
-    task = load_task(c)
+    if c.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
+    server = None if c.reflector in ("reference", "current") else from_tools("reflector")
+    if server:
+        server.check(c)
+    task = task or load_task(c)
     policy, chat = load_model(c)
     drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size, policy.cfg.max_context)
     if c.batch_size > len(task.train):
@@ -2246,7 +2239,7 @@ def start_run(c: Config) -> Run:
     optimizer = optax.apply_if_finite(optimizer, 2**30)  # one infinite gradient must not end a week's run
     trainer = Trainer(policy, optimizer, adam_init(optimizer, policy.theta),
                       Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef), c.microbatch_tokens)
-    run = Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], Path())  # Alg. 1, line 1
+    run = Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], Path(), server)  # Alg. 1, line 1
     same = repr((c, task.train, task.val, task.test, task.texts, policy.eos_ids, Path(__file__).read_text()))
     if (same := zlib.crc32(same.encode())) != on_host_0(lambda: same):
         raise UserError("flags, problems, texts or code are not those of process 0; start the same on every host")
@@ -2259,14 +2252,13 @@ def start_run(c: Config) -> Run:
 def open_directory(run: Run) -> str:
     """Makes the run directory, or reopens it, and starts the tracker."""
     c = run.config
-    name = f"{c.resume}/eval" if c.resume else f"runs/{run.task.name}-{'eval' if c.eval_only else c.mode}"
-    c.run_dir = c.run_dir or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    c.run_dir = c.run_dir or f"runs/{run.task.name}-{c.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(c.run_dir)
     with explained(f"cannot write --run-dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-        if (c.eval_only or not c.resume) and any(directory.iterdir()):
+        if not c.resume and any(directory.iterdir()):
             raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
-        run.tracker = start_tracker(c)
+        run.tracker = from_tools("track").start(c) if c.track else None
         write_whole(directory / "config.json", json.dumps(dataclasses.asdict(c) | {"resume": ""}, indent=1))
     return c.run_dir
 
@@ -2349,9 +2341,9 @@ def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict
     c = run.config
     calls[request] += 1
     seed = run.seed(f"{request}/{calls[request]}/{iteration}")  # each call has its own
-    if external(c):
+    if run.server:
         prompts = [fill(run.task.texts[request], run.chat.clean(s)) for s in slots]
-        replies = on_host_0(ask_server, run, prompts, seed[1])
+        replies = on_host_0(run.server.ask, run, prompts, seed[1])
     else:
         theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
         limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
@@ -2364,60 +2356,6 @@ def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict
     run.append("reflections.jsonl", [dict(iteration=iteration, request=request, prompt=prompt, reply=reply)
                                      for prompt, reply in zip(prompts, replies)])
     return [final_text(reply).strip() for reply in replies]  # what a model thinks aloud is not its reply
-
-
-def external(c: Config) -> bool:
-    """Whether another server reflects, not the model that learns. Raises UserError if it cannot be asked."""
-    if c.reflector in ("reference", "current"):
-        return False
-    if not re.match(r"https?://[^@]+$", c.reflector) or not c.reflector_model:
-        raise UserError("--reflector is reference, current, or http(s)://HOST/v1, without a key, and --reflector-model")
-    with explained("--reflector URL needs the package of the protocol", "pip install openai"):
-        import openai  # noqa: F401
-    return True
-
-
-def side_by_side(run: Run, learn: Callable[[], dict], evolve: Callable[[], dict]) -> tuple[dict, dict]:
-    """Both results. evolve waits for a server, in a thread; the seconds saved are noted as a negative "overlap"."""
-    if jax.process_count() > 1:  # which must send in the same order
-        return learn(), evolve()
-    start = time.perf_counter()
-    with ThreadPool(1) as pool:  # of a daemon: an interrupted run need not wait for the server
-        job = pool.apply_async(evolve)
-        results = learn(), job.get()
-    run.seconds["overlap"] = time.perf_counter() - start - run.seconds["update"] - run.seconds["reflect"]
-    return results
-
-
-def ask_server(run: Run, prompts: list[str], seed: int) -> list[str]:
-    """Replies of an OpenAI-compatible server, "" where it failed; after 429, 5xx and silence its package tries again by
-    itself. Raises NoChild if none came, or no token is left."""
-    import openai
-    c, key, failures = run.config, os.environ.get("OPENAI_API_KEY") or "none", []
-
-    def reply(i: int) -> str:
-        try:
-            if 0 < c.max_reflector_tokens <= run.reflector_tokens:
-                raise NoChild("all of --max-reflector-tokens is spent")
-            answer = client.chat.completions.create(
-                model=c.reflector_model, messages=[{"role": "user", "content": prompts[i]}], seed=(seed + i) % 2**31,
-                temperature=c.reflect_temperature, top_p=c.top_p, max_tokens=c.reflect_tokens)
-            if answer.usage:
-                run.tokens["reflections"] += answer.usage.completion_tokens
-                run.reflector_tokens += answer.usage.total_tokens
-            return answer.choices[0].message.content or ""
-        except Exception as e:
-            failures.append(first_line(e).replace(key, "…"))
-            return ""
-
-    with (openai.OpenAI(base_url=c.reflector, api_key=key, timeout=c.reflector_timeout, max_retries=3) as client,
-          ThreadPool(c.reflector_concurrency) as pool):
-        replies = pool.map(reply, range(len(prompts)), chunksize=1)
-    if failures:
-        warn(f"{len(failures)} of {len(prompts)} requests to the reflector failed: {failures[0]}")
-    if len(failures) == len(prompts):
-        raise NoChild(f"the reflector failed: {failures[0]}")
-    return replies
 
 
 def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) -> list[int]:
@@ -2457,7 +2395,7 @@ def make_table(run: Run, iteration: int, s: SystemPrompt, scores: dict[str, list
     for w in ("before", "after")[: 1 + trained]:
         for p in (run.population[0], s)[: 1 + (s.id > 0)]:
             known = p is s and (w == "after") == trained
-            if known or run.config.table:  # with --eval-only, --no-table is for the last cell alone
+            if known or run.config.table:  # without, tools/evaluate.py wants the last cell alone
                 values = scores if known else score(run, p, run.task.test, f"test_{w}", iteration)
                 found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
     gains = {"prompt alone": ("before, best", "before, root"), "weights alone": ("after, root", "before, root"),
@@ -2705,19 +2643,6 @@ def closing_report(run: Run) -> str:
                       re.sub("^", "    ", listing(numbered(s.principles)), flags=re.M), "", f"files: {run.directory}"])
 
 
-def evaluate_only(run: Run) -> str:
-    """--eval-only: the table of a run's checkpoint, or the one cell of a model, with pass@k; returns what to say."""
-    c, iteration = run.config, 0
-    if c.resume:
-        with checkpoint_manager(run, str(Path(c.resume, c.eval_from).absolute()), keep=2) as manager:
-            iteration = restore_checkpoint(run, manager)
-    m = evaluate(run, iteration, table=True)
-    run.append("metrics.jsonl", [m | {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}])
-    head = f"iteration {iteration}: {c.test_samples} responses at T = {c.temperature:g} to each test problem"
-    blocks = [table_text(m["table"], m["prompt"], measure) for measure in m["table"]]
-    return "\n\n".join([head, *blocks, f"files: {run.directory}"])
-
-
 def parse_args(argv: list[str]) -> Config:
     """Config from the command line; --resume takes the run's own flags. Raises UserError for impossible values."""
     def stop(message):
@@ -2731,7 +2656,7 @@ def parse_args(argv: list[str]) -> Config:
     if named.resume:
         path = Path(named.resume) / "config.json"
         with explained(f"cannot read {path}", "--resume takes an earlier run's directory"):
-            saved = json.loads(path.read_text()) | {"run_dir": "" if "--eval-only" in argv else named.resume}
+            saved = json.loads(path.read_text()) | {"run_dir": named.resume}
             named.task = saved["task"]
     elif not (named.task or named.train_file or named.test_file):
         named.task = "glyphs"
@@ -2764,7 +2689,7 @@ def parse_args(argv: list[str]) -> Config:
         defaults["ucb_lambda"] = 0.0
     for name, f in fields.items():
         value, m = (defaults | given)[f.name], f.metadata
-        if saved and f.name not in (EVALUABLE if given.get("eval_only") else RESUMABLE) and value != defaults[f.name]:
+        if saved and f.name not in RESUMABLE and value != defaults[f.name]:
             raise UserError(f"{name} cannot change when resuming; start a new run")
         types = (int, float) if isinstance(f.default, float) else type(f.default)
         if not isinstance(value, types) or m["choices"] and value not in m["choices"]:  # of a task file's DEFAULTS
@@ -2777,28 +2702,23 @@ def parse_args(argv: list[str]) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit code: 0, 2 for bad input or too little memory, 130 or 143 when stopped."""
-    run, again = None, lambda: (f"; continue with: python espl.py --resume {run.directory}"
-                                if run and not c.eval_only else "")
+    run, again = None, lambda: f"; continue with: python espl.py --resume {run.directory}" if run else ""
     try:
         argv = sys.argv[1:] if argv is None else argv
-        argv, join = runpy.run_path(str(HOSTS))["prepare"](argv) if HOSTS.is_file() else (argv, lambda: None)
+        argv, join = from_tools("hosts").prepare(argv) if REPORT.is_file() else (argv, lambda: None)
         c = parse_args(argv)
         join()
-        if c.compile_cache:
-            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs, too
         run = start_run(c)
         task, cfg = run.task, run.policy.cfg
-        prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train or task.test]
+        prompts = [run.chat.ids(system_text(task, task.root), x.question) for x in task.train]
         lengths = max(map(len, prompts)), min(max(map(len, prompts)) + c.max_new_tokens, run.policy.context)
         first, last = (rows_for(run.policy, 2**30, cache_length(run.policy, n)) for n in lengths)
-        print(f"{'evaluation' if c.eval_only else c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} "
-              f"validation, {len(task.test)} test problems"
-              f"{'' if c.eval_only else f', {last_iteration(run)} iterations'}\n{c.model} "
+        print(f"{c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
+              f"problems, {last_iteration(run)} iterations\n{c.model} "
               f"({cfg.dtype}, {f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on "
               f"{len(jax.devices())} {jax.default_backend()} device(s), up to {first} rollouts at once"
               f"{f', {last} of the longest' * (last < first)}\nwriting {run.directory}", flush=True)
-        report = evaluate_only(run) if c.eval_only else train(run) or closing_report(run)
+        train(run)
     except UserError as e:
         print(f"espl: error: {e}", file=sys.stderr)
         return 2
@@ -2816,7 +2736,7 @@ def main(argv: list[str] | None = None) -> int:
         number = signal.Signals(e.args[0] if e.args else signal.SIGINT)
         print(f"\nespl: interrupted by {number.name}{again()}", file=sys.stderr)
         return 128 + number
-    print(report)
+    print(closing_report(run))
     return 0
 
 
@@ -2834,11 +2754,7 @@ if __name__ == "__main__":
     for s in handled:
         signal.signal(s, stop)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a task's own processes
-    try:
-        code = main()
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    code = main()
     if 0 < code < 128 and jax.distributed.is_initialized():  # not a normal end: the others may wait for this process
         time.sleep(jax.process_index() == 0)  # as long as this one is there, they can say what they have to
         os._exit(code)

@@ -2879,18 +2879,26 @@ def contents(directory):
     return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
-def test_eval_only(world, run_of, tmp_path, capsys):
-    """Of a run: the table that it ended with, or another one, and the run's files stay as they are."""
+def evaluation(capsys, *args):
+    """The directory of one by tools/evaluate.py, its line of metrics.jsonl, its rollouts, and what it printed."""
+    assert load_tool("evaluate").main([str(a) for a in args]) == 0
+    printed = capsys.readouterr().out
+    run = SimpleNamespace(directory=Path(re.findall("^files: (.*)$", printed, re.M)[-1]))
+    [m] = metrics(run)
+    return run.directory, m, read_lines(run, "rollouts.jsonl"), printed
+
+
+def test_evaluation_of_a_run(world, run_of, tmp_path, capsys):
+    """The table that it ended with, or another one, and the run's files stay as they are."""
     run = run_of("espl")
-    before, resume = contents(run.directory), ["--eval-only", "--resume", run.directory]
-    again = play([*resume, "--run-dir", tmp_path / "again"])
-    assert [m["table"] for m in metrics(again)] == [metrics(run)[-1]["table"]]
-    assert equal(again.policy.theta, run.policy.theta) and len(again.task.train + again.task.val) == 0
-    assert espl.table_text(metrics(again)[0]["table"], metrics(run)[-1]["prompt"], "pass@2") in capsys.readouterr().out
+    before, last = contents(run.directory), metrics(run)[-1]
+    _, m, _, printed = evaluation(capsys, run.directory, "--run-dir", tmp_path / "again")
+    assert m["table"] == last["table"] and espl.table_text(m["table"], last["prompt"], "pass@2") in printed
     other = file(tmp_path, *({"problem": f"problem w{i}", "answer": i % 4} for i in range(5)))
-    more = play([*resume, "--run-dir", tmp_path / "more", "--test-file", other, "--test-prompt", "latest",
-                 "--test-samples", 5, "--temperature", 0.8, "--max-new-tokens", 4])
-    [m], rollouts, latest = metrics(more), read_lines(more, "rollouts.jsonl"), run.population[-1].id
+    _, m, rollouts, _ = evaluation(capsys, run.directory, "--run-dir", tmp_path / "more", "--test-file", other,
+                                   "--test-prompt", "latest", "--test-samples", 5, "--temperature", 0.8,
+                                   "--max-new-tokens", 4)
+    latest = run.population[-1].id
     assert set(m["table"]) == {"reward", "pass@1", "pass@2", "pass@4", "pass@5"} and m["prompt"] == latest > 0
     cells = {"before, root": ("test_before", 0), "before, best": ("test_before", latest),
              "after, root": ("test_after", 0), "after, best": ("test", latest)}
@@ -2900,37 +2908,37 @@ def test_eval_only(world, run_of, tmp_path, capsys):
     assert len(m["table"]["reward"]) == 8 and len(rollouts) == 100 and max(r["tokens"] for r in rollouts) == 4
     assert m["tokens"] == {"evaluation": sum(r["tokens"] for r in rollouts)}
     assert contents(run.directory) == before
-    last = play([*resume, "--run-dir", tmp_path / "last", "--no-table", "--test-prompt", "latest"])
-    cell = metrics(last)[0]["table"]["reward"]
-    assert list(cell) == ["after, best"] and len(read_lines(last, "rollouts.jsonl")) == 6
+    _, m, rollouts, _ = evaluation(capsys, run.directory, "--run-dir", tmp_path / "last", "--no-table", "--test-prompt",
+                                   "latest")
+    cell = m["table"]["reward"]
+    assert list(cell) == ["after, best"] and len(rollouts) == 6
     assert espl.table_text({"reward": cell}, latest, "reward").split("\n")[0].split()[-2:] == ["prompt", str(latest)]
-    best = play([*resume, "--eval-from", "best"])                                   # by default in RUN/eval-<time>
-    [m], picked, after = metrics(best), espl.summary(run.evaluations)["picked by validation"], contents(run.directory)
+    directory, m, _, _ = evaluation(capsys, run.directory, "--best")               # by default in RUN/eval-<time>
+    picked, after = espl.summary(run.evaluations)["picked by validation"], contents(run.directory)
     assert (m["iteration"], m["prompt"], m["test"]) == tuple(picked[k] for k in ("iteration", "prompt", "test"))
-    assert {path: after[path] for path in before} == before and best.directory.parent == run.directory
-    assert {path.parent for path in after.keys() - before.keys()} == {best.directory}
-    shutil.rmtree(best.directory)
+    assert {path: after[path] for path in before} == before and directory.parent == run.directory
+    assert {path.parent for path in after.keys() - before.keys()} == {directory}
+    shutil.rmtree(directory)
 
 
-def test_eval_only_of_a_model(world, tmp_path, capsys):
+def test_evaluation_of_a_model(world, tmp_path, capsys):
     """A baseline: no run, no training problems, one cell."""
     kept = dict(train_file=None, run_dir=tmp_path / "run", test_samples=3)
-    run = play([*flags(world, **{"directory": None} | kept), "--eval-only"])
-    [m], rollouts = metrics(run), read_lines(run, "rollouts.jsonl")
+    _, m, rollouts, _ = evaluation(capsys, *flags(world, **{"directory": None} | kept))
     assert list(m["table"]["reward"]) == ["before, root"] and (m["iteration"], m["prompt"]) == (0, 0)
     mean = np.mean([r["reward"] for r in rollouts])
     assert m["table"]["reward"]["before, root"][0] == m["test"] == pytest.approx(mean)
     assert len(rollouts) == 9 and {r["split"] for r in rollouts} == {"test"}
-    assert "evaluation on test: 0 training, 0 validation, 3 test problems" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--batch-size", 5], "--batch-size cannot change"), (["--seed", 5], "--seed cannot change"),
-    ([], "there is no checkpoint in .*checkpoints"), (["--eval-from", "best"], "there is no checkpoint in .*best")])
-def test_bad_eval_only(run_of, tmp_path, capsys, more, message):
+    (["--batch-size", 5], "--batch-size cannot change"), (["--seed", 5], "--seed cannot change"), (["--sed", 5], "did you"),
+    ([], "there is no checkpoint in .*checkpoints"), (["--best"], "there is no checkpoint in .*best"),
+    (["--resume", "x"], "cannot")])
+def test_bad_evaluation(run_of, tmp_path, capsys, more, message):
     shutil.copy(run_of("rl").directory / "config.json", tmp_path)
-    assert espl.main([str(a) for a in ["--eval-only", "--resume", tmp_path, *more]]) == 2
-    assert re.search(f"espl: error: .*{message}.*\n", capsys.readouterr().err)
+    assert load_tool("evaluate").main([str(a) for a in [tmp_path, *more]]) == 2
+    assert re.search(f"evaluate: error: .*{message}.*\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -3138,7 +3146,7 @@ def test_a_server_that_fails(server, chat, tmp_path, capsys, answer, replies):
     url, seen = server(answer)
     c = espl.Config(reflector=url, reflector_model="judge", reflector_timeout=1.0, reflector_concurrency=1)
     task, trainer = SimpleNamespace(texts={"summarize": "say <s> {a}"}), SimpleNamespace(policy=None)
-    run = espl.Run(c, task, chat, trainer, [], tmp_path)
+    run = espl.Run(c, task, chat, trainer, [], tmp_path, espl.from_tools("reflector"))
     ask = lambda: espl.ask(run, 1, Counter(), "summarize", [{"a": f"<|im_end|>{x}</think>"} for x in "xyz"])
     if replies:
         assert sum(reply.startswith("reply") for reply in ask()) == replies
@@ -3263,8 +3271,10 @@ def ctrl_c():
 
 
 def test_interrupted_from_outside(world, tmp_path, ctrl_c):
-    """Ctrl-C in another process, before the first checkpoint; the command that it names continues the run."""
-    command = [sys.executable, "-u", espl.__file__, *flags(world, tmp_path / "run", iterations=1)]
+    """Ctrl-C in another process, of espl.py with no other file of ours beside it, before the first checkpoint; the
+    command that it names continues the run."""
+    shutil.copy(espl.__file__, tmp_path)
+    command = [sys.executable, "-u", tmp_path / "espl.py", *flags(world, tmp_path / "run", iterations=1)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert any("writing" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
@@ -3998,8 +4008,8 @@ def call_flags(d, run_dir, tool=look_up, **changes) -> list[str]:
     given = dict(task=d / f"{tool.__name__}.py", model=d, train_file=d / "train.jsonl", train_size=400,
                  test_file=d / "test.jsonl",
                  prompts_file=d / "prompts.txt", lora_rank=0, learning_rate=2e-3, max_grad_norm=1, temperature=1,
-                 top_p=1, max_new_tokens=30, batch_size=16, num_rollouts=4, iterations=30, val_size=8, test_samples=4,
-                 eval_every=30, save_every=30, reflect_tokens=16, run_dir=run_dir, compile_cache="") | changes
+                 top_p=1, max_new_tokens=30, batch_size=16, num_rollouts=4, iterations=21, val_size=8, test_samples=4,
+                 eval_every=21, save_every=21, reflect_tokens=16, run_dir=run_dir, compile_cache="") | changes
     return [a for k, v in given.items() for a in ("--" + k.replace("_", "-"), str(v))]
 
 
@@ -4413,9 +4423,7 @@ def test_probe_measures_replies(monkeypatch):
 
 
 GLYPH_RUNS = [["--mode", mode] for mode in espl.MODES] + [
-    ["--selection", "softmax", "--loss", "ppo"], ["--selection", "ucb", "--loss", "cispo", "--lora-rank", "4"],
-    ["--selection", "lucb", "--loss", "reinforce", "--kl-coef", "0.1"],
-    ["--selection", "uniform", "--baseline", "marginal"]]
+    ["--selection", "lucb", "--loss", "ppo", "--kl-coef", "0.1", "--lora-rank", "4", "--baseline", "marginal"]]
 
 
 @pytest.mark.parametrize("changes", GLYPH_RUNS, ids=" ".join)
@@ -5039,13 +5047,9 @@ def test_the_file_is_alone_and_readable():
         '        named.task = "glyphs"']
 
 
-def test_without_tasks_the_default_says_what_is_missing(world, tmp_path):
+def test_without_tasks_the_default_says_what_is_missing(tmp_path):
     for name in ("espl.py", "prompts_seed.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    start = lambda *argv: subprocess.run([sys.executable, tmp_path / "espl.py", *map(str, argv)], capture_output=True,
-                                         text=True, timeout=120, cwd=tmp_path)
-    alone = start()
+    alone = subprocess.run([sys.executable, tmp_path / "espl.py"], capture_output=True, text=True, timeout=120)
     missing = r"espl: error: --task glyphs: there is no .*; get the folder tasks.*\n"
     assert alone.returncode == 2 and re.fullmatch(missing, alone.stderr)
-    run = start(*flags(world, tmp_path / "run", iterations=1))
-    assert run.returncode == 0 and (tmp_path / "run" / "metrics.jsonl").is_file(), run.stderr

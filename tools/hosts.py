@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 import warnings
 from functools import partial
 
@@ -60,6 +61,7 @@ def join(seconds: int, how: dict) -> None:
     timer.cancel()
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
+    sys.excepthook = lambda *error: (traceback.print_exception(*error), end(1, "this ends all processes of the run"))
     over = threading.Event()
     threading.Thread(target=watch, args=[over], daemon=True).start()
     atexit.register(leave, over)

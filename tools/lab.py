@@ -68,8 +68,6 @@ def finished_run(config: espl.Config) -> dict:
     if path.is_file() and (done := json.loads(path.read_text()))["config"] == wanted:
         return done
     shutil.rmtree(config.run_dir, ignore_errors=True)
-    if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
     run = espl.start_run(config)
     espl.train(run)
     keep = ("iteration", "prompt", "val", "test", "test_greedy")
