@@ -1654,8 +1654,8 @@ def load_weight(path: str, leaf, tensors: dict[str, Any], cfg: ModelConfig, mesh
             sizes = [len(range(n)[part]) for n, part in zip(leaf.shape, index)]
             shards[key] = shard = np.empty(sizes, leaf.dtype)
             for i, name in enumerate(names[index[0]] if stacked else names):  # beside the shard one tensor's part
-                part = tensors[name][inner]
-                shard[i if stacked else ...] = part.T if transposed else part
+                place = shard[i] if stacked else shard
+                (place.T if transposed else place)[:] = tensors[name][inner]
         return shards[key]
 
     return jax.make_array_from_callback(leaf.shape, weight_sharding(path, leaf.shape, mesh), read)

@@ -52,6 +52,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from collections import Counter, defaultdict
 from functools import cache, partial
@@ -314,6 +315,42 @@ def test_text_weights_of_a_multimodal_checkpoint(prefix, hf_model, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(directory / "config.json", tmp_path)
     assert_same_weights(load(tmp_path), load(directory))
+
+
+def test_a_shard_is_read_once_and_beside_it_one_tensor_is_held(monkeypatch):
+    """Four layers on eight devices, of which this host has the first two: half of the weight's rows is not even read."""
+    read, held, layers = Counter(), [], np.arange(4 * 2**18, dtype=np.float32).reshape(4, 512, 512)
+
+    class Slices:
+        def __init__(self, i):
+            self.i = i
+
+        def __getitem__(self, index):
+            read[self.i, str(index)] += 1
+            return layers[self.i][index].copy()
+
+    def two_of_eight(shape, sharding, callback):
+        index = list(sharding.devices_indices_map(shape).values())[:2]
+        tracemalloc.start()
+        parts = [callback(i) for i in index]
+        held.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        return index, parts
+
+    monkeypatch.setattr(jax, "make_array_from_callback", two_of_eight)
+    mesh, cfg = make_mesh(4, 2), SimpleNamespace(num_layers=4, post_norms=False)
+    tensors = {f"layers.{i}.self_attn.q_proj.weight": Slices(i) for i in range(4)}
+    weight = jax.ShapeDtypeStruct((4, 512, 512), jnp.bfloat16)  # half of what is in the file
+    index, parts = espl.load_weight("layers/q_proj/kernel", weight, tensors, cfg, mesh)
+    for i, part in zip(index, parts):
+        np.testing.assert_array_equal(part, layers.swapaxes(1, 2)[i].astype(jnp.bfloat16))
+    share, one = sum(part.nbytes for part in parts), layers[0].nbytes // 8
+    assert set(read.values()) == {1} and len(read) == 8 and share == 4 * 2**18 * 2 // 4
+    assert share <= held[0] < share + 1.1 * one + 20_000
+    held.clear()
+    monkeypatch.setattr(espl, "weight_sharding", lambda path, shape, mesh: jax.sharding.NamedSharding(mesh, P()))
+    espl.load_weight("layers/q_proj/kernel", weight, tensors, cfg, mesh)  # whole on each: read once for all of them
+    assert len(read) == 12 and set(read.values()) == {1} and held[0] < layers.nbytes / 2 + 1.1 * layers[0].nbytes
 
 
 def write_config(directory, name, remove=(), **changes):
@@ -3339,12 +3376,14 @@ def tools(config):
 
 
 def hosts_flags(world, directory, **changes):
-    """A run with a tool, which a word of the model calls, and a learning rate at which rounding stays small."""
+    """A run with a tool, which some words of the model call, and a learning rate at which rounding stays small."""
     model = world / "calling_model"
     if not model.exists():
         shutil.copytree(world / "model", model)
-        text, call = (model / "tokenizer.json").read_text(), '<tool_call>{"name":"say","arguments":{}}</tool_call>'
-        (model / "tokenizer.json").write_text(text.replace('"w9":', json.dumps(call) + ":"))
+        call = lambda n: f'<tool_call>{{"name": "say", {" " * n}"arguments": {{}}}}</tool_call>'
+        renamed = lambda m: json.dumps(call(int(m[1]))) + ":"
+        text = re.sub(r'"w(1\d)":', renamed, (model / "tokenizer.json").read_text())
+        (model / "tokenizer.json").write_text(text)
         (world / "hosts.py").write_text(HOSTS_TASK)
         write_jsonl(world / "tool_prompts.txt", [PROMPTS.replace("w3 {principles}", "w3 {principles} {tools}")])
     return flags(world, directory, task=world / "hosts.py", model=model, prompts_file=world / "tool_prompts.txt",
@@ -3352,7 +3391,7 @@ def hosts_flags(world, directory, **changes):
 
 
 def test_two_processes(world, tmp_path):
-    """Two processes with two devices each do what one does with one; SIGTERM to the second one ends both, with one
+    """Two processes with two devices each do what one does with eight; SIGTERM to the second one ends both, with one
     checkpoint, from which one process goes on. Rewards and tools' replies are those of process 0."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -3377,13 +3416,33 @@ def test_two_processes(world, tmp_path):
     done = metrics(two)[-1]["iteration"]
     assert 1 <= done < 99 and str(done) in {p.name for p in (two.directory / "checkpoints").iterdir()}
     one = play(hosts_flags(world, tmp_path / "one", iterations=1))
-    same = [[r for r in read_lines(run, "rollouts.jsonl") if r["iteration"] < 2] for run in (one, two)]
+    before = lambda r: r["iteration"] == 0 or r["iteration"] == 1 and r["split"] == "train"  # the first update
+    same = [list(filter(before, read_lines(run, "rollouts.jsonl"))) for run in (one, two)]
     assert same[0] == same[1] and sum(r["calls"] for r in same[0]) > 9 and {r["reward"] for r in same[0]} == {0, 1}
     for a, b in zip(metrics(one), metrics(two)):
-        assert {k for k in a if k not in b or a[k] != pytest.approx(b[k], abs=1e-5)} <= {"table"}
+        both = (a.keys() & b.keys()) - {"tokens"}  # of which evaluations take some
+        pairs = zip(*(jax.tree.leaves({k: m[k] for k in both}) for m in (a, b)), strict=True)
+        assert all(x == y or abs(x - y) < 1e-5 for x, y in pairs) and ("loss" in a) == ("loss" in b)
     assert json.loads((two.directory / "config.json").read_text())["model_parallel"] == 2
     run = play(["--resume", two.directory, "--iterations", done + 1, "--model-parallel", 1])
     assert [m["iteration"] for m in metrics(run)] == list(range(done + 2))
+
+
+@pytest.mark.parametrize("flags", ["--num-processes 2", "--coordinator HOST --num-processes 2 --process-id 0",
+                                   "--coordinator HOST:1 --num-processes 2 --process-id 2"])
+def test_impossible_processes(flags, capsys):
+    assert espl.main(flags.split()) == 2
+    assert capsys.readouterr().err.startswith("espl: error: --coordinator HOST:PORT, --num-processes P and --process-id")
+
+
+def test_processes_of_a_slurm_job_are_joined_unless_there_is_one(monkeypatch):
+    hosts = espl.from_tools("hosts")
+    for name, value in dict(JOB_ID=7, STEP_NODELIST="host[1-2]", NTASKS=2, PROCID=1, LOCALID=0).items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    argv, join = hosts.prepare(["--task", "aime", "--join-timeout", "5"])
+    assert argv == ["--task", "aime"] and join.args == (5, {})
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert hosts.detected_processes() == 1 and not hosts.prepare([])[1]()
 
 
 @pytest.fixture

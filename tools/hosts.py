@@ -7,6 +7,7 @@ with one line that names it.
 
 import argparse
 import atexit
+import contextlib
 import os
 import re
 import sys
@@ -14,24 +15,32 @@ import threading
 import traceback
 import warnings
 from functools import partial
+from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import espl  # noqa: E402  (the very module of the program that loads this)
 
 LOST_SECONDS = 30  # without an answer, until a process counts as gone
 
 
 def prepare(argv: list[str]):
-    """(the flags that are not about processes, a function that joins these, or does nothing for only one)."""
+    """(the flags that are not about processes, a function that joins these, or does nothing for only one). Raises
+    UserError."""
+    def stop(message):
+        raise espl.UserError(f"{message}; see docs/hosts.md")
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, kind, default in (("coordinator", str, ""), ("num-processes", int, 0), ("process-id", int, -1),
                                 ("join-timeout", int, 300)):
         parser.add_argument(f"--{name}", type=kind, default=default)
-    parser.error = lambda message: end(2, f"{message}; see docs/hosts.md")
+    parser.error = stop
     args, rest = parser.parse_known_args(argv)
     if args.coordinator or args.num_processes or args.process_id >= 0:
         if not re.search(r".:\d+$", args.coordinator) or not 0 <= args.process_id < args.num_processes:
-            parser.error("--coordinator HOST:PORT, --num-processes P and --process-id I, from 0 to P - 1, go together")
+            stop("--coordinator HOST:PORT, --num-processes P and --process-id I, from 0 to P - 1, go together")
         how = dict(coordinator_address=args.coordinator, num_processes=args.num_processes, process_id=args.process_id,
                    cluster_detection_method="deactivate")
         return rest, partial(join, args.join_timeout, how)
@@ -41,10 +50,11 @@ def prepare(argv: list[str]):
 def detected_processes() -> int:
     """How many processes jax.distributed.initialize() would find of a TPU slice, a Slurm or an MPI job. It is not to
     find a single one: of a Slurm task it would hide all GPUs but the first."""
-    from jax._src.clusters import ClusterEnv
-    with warnings.catch_warnings(action="ignore"):  # of a Kubernetes that has nothing to do with it
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(ImportError, AttributeError):
+        from jax._src.clusters import ClusterEnv  # has no public name
         kinds = [e for e in ClusterEnv._cluster_types if not e.opt_in_only_method and e.is_env_present()]
         return kinds[0].get_process_count() if kinds else 1
+    return 1
 
 
 def join(seconds: int, how: dict) -> None:
@@ -57,7 +67,7 @@ def join(seconds: int, how: dict) -> None:
         jax.distributed.initialize(**how, initialization_timeout=seconds + 60)
         jax.devices()  # the processes wait for each other here, too
     except Exception as e:
-        end(2, f"the processes of this run do not find each other ({str(e).splitlines()[0]})")
+        end(2, f"the processes of this run do not find each other ({espl.first_line(e)})")
     timer.cancel()
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
