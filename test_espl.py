@@ -3396,8 +3396,9 @@ def test_two_processes(world, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    argv = [sys.executable, "-u", espl.__file__, *hosts_flags(world, tmp_path / "run", iterations=99, model_parallel=2),
-            "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+    run = hosts_flags(world, tmp_path / "run", iterations=99, model_parallel=2, save_every=50)
+    argv = [sys.executable, "-u", espl.__file__, *run, "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2",
+            "--process-id"]
     flags_2 = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     processes = [subprocess.Popen([*argv, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                   env=os.environ | {"XLA_FLAGS": flags_2}) for i in range(2)]
