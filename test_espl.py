@@ -4530,6 +4530,21 @@ def test_glyphs_is_the_default_task_and_has_its_own_defaults():
     assert [len(x) for x in (task.train, task.val, task.test)] == [400, 16, 128] and task.root == []
 
 
+def test_sums_are_right_and_harder_in_the_test_set():
+    config = espl.parse_args(["--task", "sums", "--seed", "3"])
+    task = espl.load_task(config)
+    for problems, low, high in ((task.train, 1, 29), (task.test, 30, 59)):
+        for x in problems:
+            a, sign, b = re.fullmatch(r"(\d+) ([+-]) (\d+) =", x.question).groups()
+            assert low <= min(int(a), int(b)) and max(int(a), int(b)) <= high
+            assert int(x.answer) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+    assert (len(task.train), len(task.val), len(task.test)) == (256, 0, 48)
+    for text, grade in (("14 - 9 = 5", (1, "correct")), ("It is 5 or -5.", (0, "wrong")), ("five", (0, "no_answer"))):
+        assert task.reward({"answer": "5"}, text) == grade
+    assert task.reward({"answer": "-5"}, "-5") == (1, "correct")
+    assert task.parse(" Think.\nOr not.") == [{"operation": "add", "principle": "Think."}] and task.parse(" \n") == []
+
+
 def test_reflect_problems_limits_reflection():
     groups = [group(f"q{i}", [1, 0]) for i in range(5)]
     for limit, expected in ((0, 5), (2, 2), (9, 5)):
