@@ -7,6 +7,7 @@
     python tools/plan.py --table A.json B.json                                    # README's, of what --json wrote
     python tools/plan.py --model Qwen3-1.7B --devices H100:1 --queue              # seconds of sampling, on paper
     python tools/plan.py --model Qwen3-1.7B --devices H100:1 --queue RUN/rollouts.jsonl
+    python tools/plan.py --model Llama-3.3-70B --devices v5e:8x8 --model-parallel 8 --iteration   # with what is sent
 
 No weights and no accelerator: shapes are compiled, by libtpu (pip install "jax[tpu]") or XLA for CUDA (pip install
 jax-cuda12-plugin), in seconds to minutes a program. Exit status: 0 every step fits, 1 one does not, 2 bad input.
@@ -82,6 +83,7 @@ MODELS = {  # what config.json says of the text model
 MEMORY = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96, "H100": 80, "A100": 80}  # GB; tpu7x: of half a chip
 SPEED = {"H100": (3.35, 989), "A100": (2.04, 312), "v5e": (0.82, 197), "v5p": (2.77, 459), "v6e": (1.64, 918),
          "v4": (1.23, 275), "tpu7x": (3.69, 1154)}  # TB/s, Tflop/s in bf16 of the data sheets
+LINK = {"H100": 450, "A100": 300, "v5e": 200, "v5p": 600, "v6e": 400, "v4": 300, "tpu7x": 300}  # GB/s, one way
 GPUS = {"H100": dict(major=9, cores=132, fpus=128, shared=233472, l2=52428800, ghz=1.98, bandwidth=3352320000000),
         "A100": dict(major=8, cores=108, fpus=64, shared=167936, l2=41943040, ghz=1.41, bandwidth=2039040000000)}
 GPU = """platform_name: "CUDA" device_description_str: "{name}" dnn_version_info {{ major: 9 minor: 10 }}
@@ -150,8 +152,9 @@ def steps(build, cfg, mesh, rows: int, length: int, microbatch_tokens: int, memo
             "first value": theta_ref, "moments": moments, "unstacked copy": (cast, layers), "cache": cache}
 
 
-def simulate_queue(cfg, mesh, lengths: list[int], kind: str, memory: float, prompt: int = 300) -> str:
-    """Decodes responses of these lengths on paper, in the cache that espl.generate would give them, and tells how long.
+def simulate_queue(cfg, mesh, lengths: list[int], kind: str, memory: float, prompt: int = 300):
+    """Decodes responses of these lengths on paper, in the cache that espl.generate would give them: (steps, seconds,
+    all of it as text).
 
     A step reads all weights and the whole cache, at nine tenths of the data sheet's bandwidth, and takes 1 ms beside
     (for the program's own overhead); who comes back is prefilled at two fifths of the data sheet's flop/s.
@@ -185,9 +188,26 @@ def simulate_queue(cfg, mesh, lengths: list[int], kind: str, memory: float, prom
             position[i] = min(position[i] + n, end[i])
         live = [i for i in live if position[i] < end[i]]
     seconds += again * 2 * weights / jnp.dtype(cfg.dtype).itemsize / (0.4e12 * SPEED[kind][1])
-    return (f"{len(lengths)} responses of {min(lengths):,} to {max(lengths):,} tokens, {sum(lengths):,} in all, on "
-            f"{kind}: cache of {policy.cache_tokens:,} tokens, {steps:,} steps, {again:,} tokens prefilled again, "
-            f"{len(shapes)} shapes, {seconds:.0f} s (an estimate)")
+    return steps, seconds, (
+        f"{len(lengths)} responses of {min(lengths):,} to {max(lengths):,} tokens, {sum(lengths):,} in all, on "
+        f"{kind}: cache of {policy.cache_tokens:,} tokens, {steps:,} steps, {again:,} tokens prefilled again, "
+        f"{len(shapes)} shapes, {seconds:.0f} s (an estimate)")
+
+
+def estimate(cfg, mesh, lengths: list[int], kind: str, memory: float, programs: list[dict], tokens: int) -> str:
+    """Seconds of an iteration's rollouts and update on paper: the queue above, and the update's flops at two fifths of
+    the data sheet's; what the compiled programs send goes at half of the data sheet's rate, while nothing else is done.
+    Between hosts of eight GPUs the rate is 50 GB/s. Without reflection and evaluation, which sample too."""
+    steps, decoding, text = simulate_queue(cfg, mesh, lengths, kind, memory)
+    rate = 0.5e9 * (50 if kind in GPUS and mesh.size > 8 else LINK[kind])
+    send = lambda step: sum(c["bytes"] for p in programs if p["step"] == step for c in p["collectives"].values()) / rate
+    weights = sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(
+        lambda: nnx.state(espl.Transformer(cfg, nnx.Rngs(0)), nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))))
+    flops = (6 if cfg.lora_rank else 8) * weights * sum(lengths)  # forward twice, and back, not to frozen weights
+    update, sent = flops / (0.4e12 * SPEED[kind][1] * mesh.size), sum(lengths) / tokens * send("add_gradient")
+    parts = decoding, steps * send("decode"), update, sent
+    return text + ("\nan iteration on {} x {}, an estimate: sampling {:.0f} s and sending {:.0f} s, update {:.0f} s and "
+                   "sending {:.0f} s: {:.0f} s").format(mesh.size, kind, *parts, sum(parts))
 
 
 # ---- Nothing below knows espl.py's signatures
@@ -368,6 +388,8 @@ def parse_args():
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--queue", nargs="?", const="", help="only simulate sampling: responses as long as in a run's "
                         "rollouts.jsonl, or 150 of lognormal length, median 6,000, sigma 0.7, at most 15,000")
+    parser.add_argument("--iteration", nargs="?", const="", help="after all else, seconds of an iteration on paper, of "
+                        "responses as for --queue")
     parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
     args = parser.parse_args()
     if args.table:
@@ -375,8 +397,8 @@ def parse_args():
     known = rf"(cpu|{'|'.join(GPUS)}):[1-9]\d*|({'|'.join(MEMORY)}):\d+(x\d+)+"
     if not args.model or not re.fullmatch(known, args.devices or ""):
         parser.error(f"give --model, and --devices as v5e:4x4, H100:8 or cpu:8; there are cpu, {', '.join(MEMORY)}")
-    if args.queue is not None and args.devices.startswith("cpu"):
-        parser.error("--queue needs --devices with a data sheet")
+    if (args.queue, args.iteration) != (None, None) and args.devices.startswith("cpu"):
+        parser.error("--queue and --iteration need --devices with a data sheet")
     for flag, least in dict(model_parallel=1, rows=1, length=8, lora_rank=0, microbatch_tokens=1).items():
         if vars(args)[flag] < least:
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
@@ -402,7 +424,7 @@ def main() -> int:
         mesh = make_mesh(args.devices, args.model_parallel)
         cfg = espl.fit_layout(read_config(args.model, args.dtype, args.lora_rank), mesh, memory)
         if args.queue is not None:
-            return print(simulate_queue(cfg, mesh, response_lengths(args.queue), kind, memory)) or 0
+            return print(simulate_queue(cfg, mesh, response_lengths(args.queue), kind, memory)[2]) or 0
         args.data = mesh.shape["data"]
         args.rows = -(-args.rows // args.data) * args.data  # as in a run: so many that the devices share them evenly
         arrays = steps(partial(measure, programs), cfg, mesh, args.rows, args.length, args.microbatch_tokens, memory)
@@ -410,6 +432,8 @@ def main() -> int:
         return print(f"plan: error: {e}", file=sys.stderr) or 2
     result = report(programs, {name: size(tree) for name, tree in arrays.items()}, memory, args)
     print(json.dumps(result)) if args.json else show(result)
+    if args.iteration is not None and not args.json:
+        print(estimate(cfg, mesh, response_lengths(args.iteration), kind, memory, programs, args.microbatch_tokens))
     return 0 if result["fits"] else 1
 
 
