@@ -204,8 +204,8 @@ def train(run: Run) -> None:
             m = espl_iteration(run, iteration) if iteration else {"iteration": 0}
             if iteration % c.eval_every == 0 or iteration == last:
                 m |= evaluate(run, iteration, table=c.table and iteration == last)
-            write_logs(run, m)
-            print_line(run, m)
+            on_host_0(write_logs, run, m)
+            on_host_0(print_line, run, m)
             finish_iteration(run, m)
             if iteration % c.save_every == 0 or iteration == last:
                 save_checkpoint(run, iteration)
@@ -2539,8 +2539,6 @@ def batch_metrics(run: Run, prompts_M: list[SystemPrompt], groups_MB: list[list[
 def write_logs(run: Run, m: dict) -> None:
     """The iteration's line of metrics.jsonl, population.json, and the pictures, of quick runs only at the end."""
     m |= {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}
-    if jax.process_index():
-        return
     run.append("metrics.jsonl", [m])
     try:
         population = [dataclasses.asdict(s) for s in run.population]

@@ -206,8 +206,8 @@ def estimate(cfg, mesh, lengths: list[int], kind: str, memory: float, programs: 
     flops = (6 if cfg.lora_rank else 8) * weights * sum(lengths)  # forward twice, and back, not to frozen weights
     update, sent = flops / (0.4e12 * SPEED[kind][1] * mesh.size), sum(lengths) / tokens * send("add_gradient")
     parts = decoding, steps * send("decode"), update, sent
-    return text + ("\nan iteration on {} x {}, an estimate: sampling {:.0f} s and sending {:.0f} s, update {:.0f} s and "
-                   "sending {:.0f} s: {:.0f} s").format(mesh.size, kind, *parts, sum(parts))
+    return text + ("\nan iteration on {} x {}, an estimate: sampling {:.0f} s and sending {:.0f} s, update {:.0f} s "
+                   "and sending {:.0f} s: {:.0f} s").format(mesh.size, kind, *parts, sum(parts))
 
 
 # ---- Nothing below knows espl.py's signatures
