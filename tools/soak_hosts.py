@@ -1,8 +1,8 @@
 """The part of tools/soak.py that starts several processes (--hosts): on CPU devices, over gloo on the loopback.
 
 The same few iterations run on one process with 1, 2, 4 and 8 devices and on two processes with two each, sharded by
-data and by model, in several modes; rollouts, their log-probabilities, the gradient and the metrics must be those of one
-device. Then a process is killed, and one is told to stop, and the run goes on, also on other devices.
+data and by model, in several modes; rollouts, their log-probabilities, the gradient and the metrics must be those of
+one device. Then a process is killed, and one is told to stop, and the run goes on, also on other devices.
 """
 
 import json
@@ -53,12 +53,12 @@ def tools(config):
 
 
 def with_tool(directory: Path) -> str:
-    """A task file: the glyphs with a tool, which is called by what is an arrow to the model."""
+    """A task file: the glyphs with a tool, which is called by what the model writes between two steps."""
     model = directory / "tool_model"
     shutil.copytree(ROOT / "tasks" / "glyphs_model", model)
     call = '<tool_call>{"name": "say", "arguments": {}}</tool_call>'
     tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"] = {call if w == "->" else w: i for w, i in tokenizer["model"]["vocab"].items()}
+    tokenizer["model"]["vocab"] = {call if w == ";" else w: i for w, i in tokenizer["model"]["vocab"].items()}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     (directory / "tool.py").write_text(TOOL.format(glyphs=str(ROOT / "tasks" / "glyphs.py"), model=str(model)))
     return str(directory / "tool.py")
@@ -178,11 +178,13 @@ def compare(out: Path, argv: list[str], layouts: list, name: str) -> bool:
                  else np.inf for a, b in zip(first[0], metrics)]
         read = ", ".join("read {:,} and held at most {:,} of {:,} bytes for devices with {:,}".format(
             *map(int, s["load"])) for s in seen)
+        fine &= "tool" not in name or sum(r["calls"] for r in rollouts) > 0
         fine &= same == len(first[1]) == len(rollouts) and max(gaps) < 1e-5 and max(apart) < 1e-3
-        print(f"{name} on {layout[0]} x {layout[1]}, model {layout[2]}: {same} of {len(first[1])} rollouts equal, "
-              f"log-probs within {gaps[0]:.1e}, gradient {gaps[1]:.1e}, metrics {max(apart):.1e}; "
+        calls = f" ({sum(r['calls'] for r in rollouts)} calls of the tool)" * ("tool" in name)
+        print(f"{name} on {layout[0]} x {layout[1]}, model {layout[2]}: {same} of {len(first[1])} rollouts{calls} "
+              f"equal, log-probs within {gaps[0]:.1e}, gradient {gaps[1]:.1e}, metrics {max(apart):.1e}; "
               f"{time.time() - began:.0f} s; {read}", flush=True)
-    return fine
+    return bool(fine)
 
 
 def until(out: Path, pattern: str, seconds: float = 600) -> None:
