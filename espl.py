@@ -680,7 +680,7 @@ def rl_update(trainer: Trainer, samples: list[Sample], num_rollouts: int) -> dic
         return {"skipped": "no rollout with a learning signal"}
     gradient, sums = zeros_like(policy.theta), []
     batches = list(microbatches(samples, trainer.max_tokens, policy.mesh.shape["data"]))
-    remat = cheapest_remat(policy.cfg, policy.mesh, trainer.max_tokens)
+    remat = cheapest_remat(policy.cfg, policy.mesh, max(b["token"].size + b["prompt"].size for b in batches))
     for batch in progress(batches, desc="updating"):
         batch = jax.device_put(batch, jax.sharding.NamedSharding(policy.mesh, P("data")))
         gradient, metrics = add_gradient(gradient, policy.theta, policy.theta_ref, policy.graphdef, policy.frozen,

@@ -961,12 +961,13 @@ def test_a_prompt_is_computed_once_for_all_its_responses(lora_rank):
     [batch] = espl.microbatches(samples, 17 * (32 + 64 // 4), 1)
     assert batch["prompt"].shape == (5, 64) and batch["token"].shape == (17, 32)
     together, m = gradient(policy, samples)
-    alone, scale = sum(gradient(policy, [s])[0] for s in samples), abs(together).max()
+    alone, scale, seen = sum(gradient(policy, [s])[0] for s in samples), abs(together).max(), []
     np.testing.assert_allclose(together, alone, atol=1e-5 * scale)
     for remat in ("", "layer"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(espl, "cheapest_remat", lambda *_: remat)
+            patch.setattr(espl, "cheapest_remat", lambda cfg, mesh, tokens: seen.append(tokens) or remat)
             np.testing.assert_allclose(gradient(policy, samples)[0], together, atol=1e-5 * scale)
+    assert set(seen) == {17 * 32 + 5 * 64}  # tokens that there are, not those that a microbatch may have
     assert espl.cheapest_remat(policy.cfg, policy.mesh, 10**4) == "linear"
     assert espl.cheapest_remat(policy.cfg, policy.mesh, 10**10) == "layer"
 
