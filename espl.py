@@ -13,7 +13,7 @@ Algorithm 1 of the paper, its statements numbered from "Initialize S", and where
     3      sample a problem x ~ D (here a batch of B)                              next_problems
     4      sample M system prompts from S, p_i ~ exp(mu_i + lambda sigma_i)        select
     5-6    for each s_i sample N solutions y_ij ~ pi_theta(. | s_i, x)             sample_groups, generate
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                                    grade, Group.value
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                                    grade, values_M (V[i,b]: Group.value)
     8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)              to_samples, surrogate
     9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))             rl_update
     10-11  rank the s_i by V_i; TrueSkill.update                                   update_ratings
@@ -31,11 +31,13 @@ hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evoluti
 Where this file departs from the paper, and why:
  1. Selection: the highest score plus random others, the paper's simplified strategy; --selection has line 4's softmax.
  2. A child's sigma is sqrt(sigma^2 + dsigma^2), as in the paper's appendix and Algorithm 2, not line 16's sum.
- 3. Neighbours in the ranking within 0.01 tie; ties for the best prompt are broken at random, by the seed.
+ 3. Neighbours in the ranking within 0.01 tie; for the best prompt only equals do, and the seed decides between them.
  4. A validation split of the training problems picks the checkpoint; the test set only reports, and its questions are
     taken out of the training set. The paper's figures are running maxima over the test set.
  5. The KL term's gradient is that of the KL over the next token, given its prefix.
- 6. Parents of a crossover strictly won a problem, the best prompt too (as in the code): it is rarer than p_crossover.
+ 6. Parents of a crossover strictly won a problem, the best prompt too, as in the authors' code: it is rarer than
+    p_crossover.
+ 7. V_i, by which prompts are ranked, is a mean over the batch; the advantage's baseline is V[i,b], of one problem.
 docs/released_code.md compares with the code that its authors released.
 """
 
@@ -147,7 +149,7 @@ class Config:
     max_new_tokens: int = flag(15000, "Sampling", "longest response, with the replies of tools", low=1)
     max_tool_calls: int = flag(4, "Sampling", "calls of tools in a response; one more ends it", low=0)
     context: int = flag(0, "Sampling", "most tokens of prompt and response (0: what the model was made for)", low=0)
-    max_rows: int = flag(0, "Sampling", "most rollouts decoded at once (0: as memory allows)", low=0)
+    max_rows: int = flag(0, "Sampling", "most rollouts decoded at once (0: as memory allows, to 512; CPU: 64)", low=0)
     prompt_role: str = flag("system", "Sampling", "turn that carries the system prompt", choices=("system", "user"))
     thinking: bool = flag(True, "Sampling", "passed to the chat template as enable_thinking")
 
@@ -156,7 +158,7 @@ class Config:
     selection_temperature: float = flag(1.0, "Evolution", "of --selection softmax", "T", low=1e-6)
     ucb_lambda: float = flag(2.0, "Evolution", "score = mu + lambda sigma", "lambda", low=0)
     window: int = flag(10, "Evolution", "only the most recent prompts are selected", "K", low=1)
-    max_pool_size: int = flag(200, "Evolution", "population size; the oldest leaves first", low=1)
+    max_pool_size: int = flag(200, "Evolution", "the youngest so many may be tested, and selected (--window)", low=1)
     p_crossover: float = flag(0.2, "Evolution", "chance of crossover in an iteration", "p_crossover", low=0, high=1)
     delta_sigma: float = flag(1.0, "Evolution", "uncertainty added to a child's rating", "dsigma", low=0)
     rating: str = flag("trueskill", "Evolution", "last: mu is a prompt's last V_i, and lambda is 0 unless it is given",
@@ -222,7 +224,7 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     groups = iter(sample_groups(run, [(s, x, each + (i < more)) for i, s in enumerate(prompts_M) for x in problems_B],
                                 "train", iteration))
     groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
-    values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # so ties are exact
+    values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # equal sums: equal means
     run.finished = -1  # from here on the state is between two iterations, not to be saved
 
     def learn() -> dict:  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
@@ -238,10 +240,9 @@ def espl_iteration(run: Run, iteration: int) -> dict:
             return {}
         update_ratings(prompts_M, values_M, iteration, c.rating)                        # lines 10-11
         k = argmax(values_M, rng)                                                       # line 12
-        with timed(run, "reflect"):
-            reflect = partial(ask, run, iteration, Counter())                           # lines 13-21
-            return breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng, run.chat.control,
-                                         run.task.texts), iteration)
+        with timed(run, "reflect"):                                                     # lines 13-21
+            return breed(run, Tournament(prompts_M, groups_MB, k, partial(ask, run, iteration, Counter()),
+                                         run.task.parse, c, rng, run.chat.control, run.task.texts), iteration)
 
     learning, evolution = run.server.side_by_side(run, learn, evolve) if run.server else (learn(), evolve())
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
@@ -262,6 +263,7 @@ def breed(run: Run, tournament: Tournament, iteration: int) -> dict:
             if "RESOURCE_EXHAUSTED" in str(e):
                 raise
             log["no_child"][name] = f"failed: {first_line(e)}"
+            warn(f"{name} {log['no_child'][name]}; its traceback is in reflections.jsonl")
             run.append("reflections.jsonl", [{"iteration": iteration, "traceback": traceback.format_exc()}])
     return log | {"parse_failures": tournament.unread, "dropped": dict(+tournament.dropped)}
 
@@ -307,15 +309,16 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
     train, val, test, test_greedy (decoded greedily), test_before (of pi_ref) or test_after, these with test's seeds."""
     c, chat = run.config, run.chat
     prompts = [chat.ids(system_text(run.task, s.principles), x.question) for s, x, _ in pairs]
-    sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens,
-                        run.seed(f"{split.partition('_')[0]}/{iteration}"), f"sampling {split}")
+    training, seed = split == "train", run.seed(f"{split.partition('_')[0]}/{iteration}")
+    sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens, seed,
+                        f"sampling {split}")
     theta = run.policy.theta_ref if split == "test_before" else run.policy.theta
-    with timed(run, "sample" if split == "train" else "evaluate"):
+    with timed(run, "sample" if training else "evaluate"):
         responses = generate(run.policy, theta, prompts, [n for _, _, n in pairs], sampling,
                              partial(answer_call, run, prompts) if run.task.tools else None)
-    run.tokens["rollouts" if split == "train" else "evaluation"] += sum(
+    run.tokens["rollouts" if training else "evaluation"] += sum(
         p is not None for group in responses for y in group for p in y.logprobs)  # what tools said was not sampled
-    with timed(run, "grade" if split == "train" else "evaluate"):
+    with timed(run, "grade" if training else "evaluate"):
         last_turns = [(x, final_text(chat.text(y.tokens[y.turn:], y.tokens[:y.turn] or prompt)))
                       for (_, x, _), prompt, group in zip(pairs, prompts, responses) for y in group]
         graded = iter(grade(run.task, last_turns))
@@ -373,15 +376,17 @@ def select(population: list[SystemPrompt], c: Config, rng) -> list[SystemPrompt]
     """M distinct prompts of the K most recent ones, all while there are fewer   (Alg. 1, line 4; section Selection)."""
     window = population[-min(c.window, c.max_pool_size):]
     scores = np.array([s.mu + c.ucb_lambda * s.sigma for s in window])
-    order, first = rng.permutation(len(window)), None  # ties, and what is drawn at random, in random order
+    order, first = rng.permutation(len(window)), None  # equals are in random order
     match c.selection:
         case "top_random":  # "always add the highest score, but randomly sample from the rest of the sliding window"
-            first, scores = argmax(scores, rng), 0 * scores
+            first, scores = argmax(scores, rng), np.zeros(len(window))
         case "softmax":     # p_i ~ exp(score_i / T) without replacement: the largest of score / T + Gumbel noise
             scores = scores / c.selection_temperature + rng.gumbel(size=len(window))
         case "uniform":
-            scores = 0 * scores
-        case "lucb":        # the best lower bound, then the best upper bounds; ucb: these alone
+            scores = np.zeros(len(window))
+        case "ucb":         # mu + lambda sigma, as they are
+            pass
+        case "lucb":        # the best lower bound, then the best upper bounds
             first = max(order, key=lambda i: window[i].mu - c.ucb_lambda * window[i].sigma)
     order = sorted(order, key=lambda i: (i != first, -scores[i]))
     return sorted((window[i] for i in order[: c.num_prompts]), key=lambda s: s.id)
@@ -410,7 +415,8 @@ def add_child(population: list[SystemPrompt], principles: list[str], parents: li
     """Append a child (Alg. 1, lines 16 and 21; Alg. 2). Raises NoChild if it is not new. It inherits what is known of
     its parents, their precision-weighted mean, but not that it has been tried: its sigma is widened by dsigma."""
     if same := [s for s in population if s.principles == principles]:
-        raise NoChild(f"nothing changed (equal to prompt {same[0].id}); a higher --reflect-temperature varies more")
+        raise NoChild(f"nothing changed (equal to prompt {same[0].id}); raise --reflect-temperature, or "
+                      "--max-principles where it has as many")
     precision = [s.sigma**-2 for s in parents]
     mu = sum(p * s.mu for p, s in zip(precision, parents)) / sum(precision)
     sigma = math.sqrt(1 / sum(precision) + c.delta_sigma**2)
@@ -461,9 +467,11 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         raise NoChild(f"no problem to reflect on ({c.reflect_on}); try --reflect-on failures, or other problems")
     current, problems = numbered(parent.principles), [g.problem for g in groups]
     # App. Trajectory Summarization: one request a rollout, given its grade and the truth
-    summaries = iter(r.ask("summarize", [
+    summaries = r.ask("summarize", [
         dict(problem=g.problem.question, answer=g.problem.answer, principles=listing(current), response=y, grade=grade)
-        for g in groups for y, grade in zip(g.texts, g.grades)]))
+        for g in groups for y, grade in zip(g.texts, g.grades)])
+    r.dropped.update({"empty summary": summaries.count("")})
+    summaries = iter(summaries)
     # App. Self-Critique and Local Edit Proposal: one request a problem, at most K_ops operations each
     critiques = r.operations("critique", [
         critique_slots(g.problem, current, [(grade, next(summaries)) for grade in g.grades], c.max_operations)
@@ -504,7 +512,7 @@ def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
     return apply_operations(set_a, ops, kinds, problems, r), [prompts[i] for i in wins]
 
 
-OPERATORS = {  # name: (operator, its chance in an iteration); add one here, nothing else needs to know
+OPERATORS = {  # name: (operator, its chance in an iteration); a new one needs no more, but for its requests in SLOTS
     "mutation": (mutate, lambda c: 1.0),
     "crossover": (crossover, lambda c: c.p_crossover if c.num_prompts > 1 and c.mode != "reflection" else 0.0),
 }
@@ -524,7 +532,7 @@ def listing(principles: dict[str, str]) -> str:
 
 def critique_slots(problem: Problem, principles: dict, summaries: list[tuple[str, str]], max_operations: int) -> dict:
     """Slots of a critique request: one problem, with the (grade, summary) of each rollout."""
-    attempts = [f"Attempt {j + 1} ({grade}):\n{text}" for j, (grade, text) in enumerate(summaries)]
+    attempts = [f"Attempt {j + 1} ({grade}):\n{text or '(no summary)'}" for j, (grade, text) in enumerate(summaries)]
     return dict(problem=problem.question, answer=problem.answer, principles=listing(principles),
                 attempts="\n\n".join(attempts), max_operations=str(max_operations))
 
@@ -564,7 +572,7 @@ def parse_operations(reply: str) -> list[dict] | None:
     fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
     for block in [*fenced[::-1], re.split(r"\[(?=\s*\{)", text)[-1], text]:
         operations = [op for op in map(read_object, OBJECT.findall(block)) if "operation" in op]
-        if operations or re.search(r"(?<!= )\[\s*\]$", block.rstrip("`*. \n")):  # an empty list ends it
+        if operations or re.search(r"(?<!=)(?<!= )\[\s*\]$", block.rstrip("`*. \n")):  # an empty list ends it
             return operations
     return None
 
@@ -636,8 +644,9 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
     return kept
 
 # ======================================================================================================================
-# 5. RL update: J(theta) = 1/(N M B) sum_ibj A_ibj sum_t w_t log pi_theta(y_t | s_i, x_b, y_<t) - beta KL(pi, pi_ref).
-#    One step a batch, on the samples of the same weights: with top_p 1 every importance ratio w is 1 up to rounding.
+# 5. RL update: maximises J - beta KL(pi_theta, pi_ref), J = 1/(N M B) sum_ibj sum_t f(log pi_theta(y_t | …), A_ibj),
+#    where f is `surrogate`. One step a batch, on samples of the same weights: with top_p 1 importance ratios are 1 (to
+#    rounding).
 # ======================================================================================================================
 
 
@@ -726,8 +735,8 @@ adam_init = jax.jit(lambda optimizer, theta: laid_out(optimizer.init(theta)), st
 
 @partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
 def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
-    """Adds to `gradient` that of a microbatch's share of -J(theta), a sum over all N M B rollouts. Also for the log:
-    sums over its tokens, and the largest ratio."""
+    """Adds to `gradient` that of a microbatch's share of -(J - beta KL), a sum over all N M B rollouts. Also for the
+    log: sums over its tokens, of which `rl_update` makes means, and the largest ratio."""
     mask = batch["mask"]  # [B, T]: 1 where the target is a response token
     total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
 
@@ -794,7 +803,7 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
 
 
 def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
-    """Padded batches of at most about max_tokens tokens, in few distinct shapes. Exact for any order and any split.
+    """Yields padded batches (`pack`) of at most about max_tokens tokens, in few shapes. Exact for any order and split.
 
     A row is a response, preceded by the last prompt token; the rest of a prompt is in the batch once for all its rows.
     A batch holds responses of one length, in powers of two, prompt by prompt.
@@ -1075,7 +1084,7 @@ def bucket(n: int, least: int = 128) -> int:
 
 
 def row_count(needed: int, most: int, multiple: int, step: int = 4) -> int:
-    """1, 8, 32, 128, … rows for `needed` of them, at most `most`, then rounded up to be divisible among the devices."""
+    """1, 8, 8 step, … rows for `needed` of them, at most `most`, then rounded up to be divisible among the devices."""
     rows = min(most, 1 if needed == 1 else 8 * step ** max(0, math.ceil(math.log(max(needed, 1) / 8, step))))
     return -(-rows // multiple) * multiple
 
@@ -1169,8 +1178,8 @@ def sample_token(key_B, logits_BV, temperature, top_p: float):
     """One token for each row and its log-probability, both [B], from the tempered (and cut) distribution; the most
     probable token if the temperature is 0.
 
-    First one of 64 blocks of neighbouring tokens is drawn by its probability, then one of its tokens: the same
-    distribution with 64 + V / 64 random numbers (Gumbel-max) instead of V. Devices that share V exchange little else.
+    First one of n blocks of neighbouring tokens is drawn by its probability, then one of its tokens: the same
+    distribution with n + V / n random numbers (Gumbel-max) instead of V. Devices that share V exchange little else.
     """
     draws = temperature > 0
     logits_BV = logits_BV / jnp.where(draws, temperature, 1.0)  # the policy IS the tempered distribution
@@ -1492,7 +1501,7 @@ def fit_spec(spec, shape, mesh) -> P:
 
 
 def row_shards(cfg: ModelConfig, rows: int = 0) -> int:
-    """The parts into which so many rows of a cache are split on the current mesh."""
+    """The parts into which so many rows of a cache (0: as many as it takes) are split on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or cfg.split_length else math.gcd(rows, mesh.shape["data"])
 
@@ -2134,7 +2143,7 @@ class Run:
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
     phase: str = "load"                                   # in which it failed
-    finished: int = -1                                    # the iteration after which this is the state; -1: between two
+    finished: int = -1                                    # iteration after which this is the state; -1: none, or in one
     tokens: Counter = field(default_factory=Counter)      # sampled in it: rollouts, reflections, evaluation
     reflector_tokens: int = 0                             # in and out of --reflector URL in the whole run
 
@@ -2169,7 +2178,7 @@ def from_tools(name: str) -> SimpleNamespace:
 
 @contextlib.contextmanager
 def timed(run: Run, phase: str):
-    """Adds the seconds of a `with` block to run.seconds[phase]."""
+    """Adds the seconds of a `with` block to run.seconds[phase]; run.phase is the phase that failed."""
     start = time.perf_counter()
     try:
         yield
@@ -2310,7 +2319,7 @@ def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) ->
         name = max(slots, key=lambda n: len(slots[n]))
         keep, text, note = int(0.45 * len(slots[name]) * limit / len(ids)), slots[name], "\n[… cut …]\n"
         if keep < 1 or 2 * keep + len(note) >= len(text):
-            raise ValueError(f"a request does not fit into {limit} tokens")
+            raise NoChild(f"a request does not fit into {limit} tokens")
         slots = slots | {name: text[:keep] + note + text[-keep:]}
     return ids
 
@@ -2451,6 +2460,9 @@ def resumed_and_saved(run: Run):
     if run.config.resume:
         with checkpoint_manager(run, "checkpoints", keep=2) as manager:
             run.finished = restore_checkpoint(run, manager)
+        with checkpoint_manager(run, "best", keep=1) as manager:
+            for step in [step for step in manager.all_steps() if step > run.finished]:  # of what is done again
+                manager.delete(step)
     try:
         yield
     finally:
@@ -2629,7 +2641,7 @@ def parse_args(argv: list[str]) -> Config:
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
         stop(f"unknown {unknown[0]}" + "".join(f", did you mean {name}?" for name in near))
     given = vars(given)
-    if given.get("rating") == "last" and not saved:
+    if (defaults | given)["rating"] == "last" and not saved and "ucb_lambda" not in own.get("DEFAULTS", {}):
         defaults["ucb_lambda"] = 0.0
     for name, f in fields.items():
         value, m = (defaults | given)[f.name], f.metadata

@@ -1954,10 +1954,12 @@ def test_winner_gains_loser_falls():
     assert a.sigma == b.sigma == pytest.approx(7.171, abs=1e-3)
 
 
-def test_rating_by_the_last_value():
+def test_rating_by_the_last_value(tmp_path):
     config = espl.parse_args(["--task", "glyphs", "--rating", "last"])
     assert config.ucb_lambda == 0 and espl.parse_args(["--task", "glyphs"]).ucb_lambda == 2
     assert espl.parse_args(["--task", "glyphs", "--rating", "last", "--ucb-lambda", "1"]).ucb_lambda == 1
+    for defaults, ucb_lambda in ({"rating": "last"}, 0), ({"rating": "last", "ucb_lambda": 0.5}, 0.5):
+        assert espl.parse_args(["--task", str(task(tmp_path, f"DEFAULTS = {defaults}"))]).ucb_lambda == ucb_lambda
     population = population_of((25, 8), (25, 4), (25, 2))
     for n, values in enumerate([(0.9, 0.1, 0.2), (0.3, 0.6, 0.5)], 1):
         espl.update_ratings(population, values, n, config.rating)
@@ -2052,7 +2054,7 @@ FENCE = f"```json\n[{ADD}]\n```"
     (f'[{ADD}, {{"operation": "add", "n": {"9" * 5000}}}]', ["x"]),
     ("[]", []), ("```json\n[]\n```", []), ("Nothing should change: [ ]\n", []), ("So **[]**.", []),
     ("<think>hm</think>\n[]", []), (FENCE + "\nNo: []", ["x"]),
-    ("", None), ("Nothing should change.", None), ("We need [] to hold elements.", None), ("x = []", None),
+    ("", None), ("Nothing should change.", None), ("We need [] to hold elements.", None), ("x = []", None), ("so x=[]", None),
     ("[{'operation': 'add', 'principle': 'x'}]", None), ('[{"principle": "x"}]', None), ('["add", 1, null]', None),
     (f"<think>{FENCE}</think>No change.", None), (f"<think>{FENCE}", None), (f"{FENCE}<think>but", None),
 ])
@@ -2258,7 +2260,7 @@ def mutation_of(ask, groups=GROUPS, texts={}, **flags):
 
 def test_mutation_summarises_criticises_aggregates_applies():
     ask = Script(
-        summarize=["sum a0", "sum a1", "sum c0", "sum c1"],
+        summarize=["sum a0", "sum a1", "sum c0", ""],
         critique=[reply_of(add("add 0"), add("add 1"), add("beyond K_ops")),
                   reply_of(modify("G7", "bad"), merge(["G0", "G1"]),
                               modify("G1", "better one"), add("add c"))],
@@ -2266,7 +2268,7 @@ def test_mutation_summarises_criticises_aggregates_applies():
                                modify("G1", "better one"))])
     child, reflection = mutation_of(ask)
     assert child == ["zero and c", "better one", "add 0", "add 1"] and reflection.unread == 0
-    assert +reflection.dropped == {"beyond K_ops": 1, "unknown id": 1, "unknown operation": 2}
+    assert +reflection.dropped == {"beyond K_ops": 1, "unknown id": 1, "unknown operation": 2, "empty summary": 1}
     assert [r for r, _ in ask.asked] == ["summarize"] * 4 + ["critique"] * 2 + ["aggregate"]
     listed = "[G0] zero\n[G1] one"
     assert ask.requests("summarize") == [
@@ -2275,7 +2277,7 @@ def test_mutation_summarises_criticises_aggregates_applies():
     assert ask.requests("critique") == [
         dict(problem=f"question {x}", answer=f"truth-{x}", principles=listed, max_operations="2", attempts=attempts)
         for x, attempts in (("a", "Attempt 1 (correct):\nsum a0\n\nAttempt 2 (wrong):\nsum a1"),
-                            ("c", "Attempt 1 (wrong, reward -0.1):\nsum c0\n\nAttempt 2 (correct):\nsum c1"))]
+                            ("c", "Attempt 1 (wrong, reward -0.1):\nsum c0\n\nAttempt 2 (correct):\n(no summary)"))]
     assert ask.requests("aggregate") == [
         dict(principles=listed + "\n[C0] add 0\n[C1] add 1\n[C2] add c", suggestions="[G1] -> better one")]
 
@@ -3232,6 +3234,7 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     assert warning in error and "badly" not in error and run.population[0].history
     if part == "runpy":
         assert metrics(run)[1]["no_child"]["mutation"] == "failed: it broke" and len(prompts_of(run)) == 1
+        assert "warning: mutation failed: it broke; its traceback is in reflections.jsonl" in error
     if part == "subprocess":
         assert metrics(run)[1]["outcomes"]["error"] > 0
 
@@ -3596,8 +3599,11 @@ def test_bad_resume(world, run_of, tmp_path, capsys):
                           ([run.directory, "--batch-size", 5], "--batch-size cannot change")):
         assert espl.main([str(a) for a in ["--resume", *argv]]) == 2
         assert re.fullmatch(rf"espl: error: .*{message}.*\n", capsys.readouterr().err)
-    again = play(["--resume", run.directory, "--iterations", 3, "--batch-size", 4])  # the same, and nothing left to do
-    assert equal(again.policy.theta, run.policy.theta) and metrics(again) == metrics(run)
+    shutil.copytree(run.directory, tmp_path / "run")
+    [best] = (tmp_path / "run" / "best").glob("[0-9]")
+    best.rename(best.with_name("9"))                              # of an iteration that the checkpoint knows nothing of
+    again = play(["--resume", tmp_path / "run", "--iterations", 3, "--batch-size", 4])  # the same; nothing left to do
+    assert not best.with_name("9").exists() and equal(again.policy.theta, run.policy.theta) and metrics(again) == metrics(run)
 
 
 def test_long_problems_are_left_out(world, tmp_path, capsys):
@@ -3758,7 +3764,7 @@ def test_fit_request_cuts_the_middle_with_a_note(chat, monkeypatch):
     assert words[:3] == ["w1", "w2", "w2"] and words[-4:] == ["w2", "w3", "w4", "w9"]
     assert "[… cut …]" in " ".join(words) and 30 < len(words) <= 50
     for template in ("w1 " * 60 + "{a}", "w1 " * 60):
-        with pytest.raises(ValueError, match="does not fit into 50"):
+        with pytest.raises(espl.NoChild, match="does not fit into 50"):
             espl.fit_request(chat, template, {"a": "w2 " * 100}, 50)
 
 
