@@ -4735,6 +4735,18 @@ def test_the_laboratory_runs_one_mode_after_the_other(lab, world, tmp_path, monk
     assert json.loads((tmp_path / "config.json").read_text())["iterations"] == 9
 
 
+def test_the_laboratory_compares_models(lab):
+    rows = lab.plan(SimpleNamespace(command="models", settings=["here/one", "two/"]))
+    assert list(rows) == [f"{mode} of {name}" for name in ("one", "two") for mode in ("rl", "evolution", "espl")]
+    assert rows["evolution of two"] == ["--mode", "evolution", "--model", "two/"]
+    finals = dict(zip(rows, ((0.2, 0.4), (0.6, 0.6), (0.7, 0.5), (0.3, 0.3), (0.4, 0.4), (0.5, 0.7))))
+    curves = {name: [[{"iteration": 0, "test": 0.125}, {"iteration": 9, "test": x}] for x in xs]
+              for name, xs in finals.items()}
+    one, two = lab.models_table({"curves": curves}).split("\n")[2:]
+    assert one == "| `one` | 0.125 +- 0.000 | 0.300 +- 0.141 | 0.600 +- 0.000 | 0.600 +- 0.141 | 1 of 2 |"
+    assert two.endswith("| 0.600 +- 0.141 | 2 of 2 |")
+
+
 def test_perfect_prompts_solve_every_problem(lab, tmp_path):
     """What the prompts file adds to the root prompt is what the seed's world means; the task's other texts stay."""
     for seed in (0, 3):
