@@ -3597,7 +3597,7 @@ def test_a_run_goes_on_in_another_mode(world, run_of, tmp_path, first, second):
     the table asks what was learned in the whole run, not in the last mode."""
     before = run_of(first)
     shutil.copytree(before.directory, tmp_path / "run")
-    after = play(["--resume", tmp_path / "run", "--mode", second, "--iterations", 5])
+    after = play(["--resume", tmp_path / "run", "--mode", second, "--iterations", 5], REPORT=tmp_path / "no pictures")
     assert metrics(after)[:4] == metrics(before) and len(metrics(after)) == 6
     learned = equal(after.policy.theta, before.policy.theta), equal(after.trainer.opt_state, before.trainer.opt_state)
     assert learned == ((second == "evolution"),) * 2 and not equal(after.policy.theta, after.policy.theta_ref)
@@ -4745,6 +4745,9 @@ def test_the_laboratory_compares_models(lab):
     one, two = lab.models_table({"curves": curves}).split("\n")[2:]
     assert one == "| `one` | 0.125 +- 0.000 | 0.300 +- 0.141 | 0.600 +- 0.000 | 0.600 +- 0.141 | 1 of 2 |"
     assert two.endswith("| 0.600 +- 0.141 | 2 of 2 |")
+    for bad in ([], ["a/one", "b/one"]):
+        with pytest.raises(espl.UserError, match="different names"):
+            lab.plan(SimpleNamespace(command="models", settings=bad))
 
 
 def test_perfect_prompts_solve_every_problem(lab, tmp_path):

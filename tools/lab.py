@@ -93,7 +93,7 @@ def train(config: espl.Config, then: str) -> espl.Run:
 
 
 def tokens_sampled(run: espl.Run) -> dict[int, dict[str, int]]:
-    """{iteration: tokens of rollouts and of reflections up to there}"""
+    """{iteration: tokens of rollouts and of reflections up to there}."""
     total, found = Counter(rollouts=0, reflections=0), {}
     for line in (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         m = json.loads(line)
@@ -139,8 +139,11 @@ def plan(args) -> dict[str, list[str]]:
         rows = {mode: ["--mode", mode.partition(",")[0]] for mode in sorted(MODES, key=(MORE, LONGER).__contains__)}
         return rows | ({PERFECT: ["--mode", "rl"]} if args.perfect else {})
     if args.command == "models":
-        return {f"{mode} of {Path(model).name}": ["--mode", mode, "--model", model]
-                for model in args.settings for mode in ("rl", "evolution", "espl")}
+        models = {Path(model).name: model for model in args.settings}
+        if not models or len(models) < len(args.settings):
+            raise espl.UserError("models takes directories of different names")
+        return {f"{mode} of {name}": ["--mode", mode, "--model", model]
+                for name, model in models.items() for mode in ("rl", "evolution", "espl")}
     if args.command == "ratings":
         return {mode: ["--mode", mode] for mode in ("espl", "evolution")}
     rows = {"espl": ["--mode", "espl"]}
@@ -200,7 +203,7 @@ def readings_of(curves: list[list[dict]]) -> list[str]:
 
 
 def compared(section: dict) -> dict[str, list[list[dict]]]:
-    """{title: curves} of a comparison's rows, as they are shown"""
+    """{title: curves} of a comparison's rows, as they are shown."""
     curves = section["curves"]
     rows = {"base model": [c[:1] for c in curves["espl"]]} | {MODES[m]: curves[m] for m in MODES if m in curves}
     if PERFECT in curves:
@@ -218,10 +221,10 @@ def scores_table(section: dict) -> str:
                    [[name, *(spread(read(c, r)) for r in readings), tokens(c)] for name, c in rows.items()])
     reached = [next((e["iteration"] for e in ours[1:] if e["test"] >= theirs[-1]["test"]), "never")
                for ours, theirs in zip(curves["espl"], curves["rl"])]
-    first, *_, last = (e["iteration"] for e in curves["rl"][0][1:])
-    return (f"{scores}\n\nE-SPL first reached rl's final score, that of iteration {last}, at iteration "
+    at = [e["iteration"] for e in curves["rl"][0]]
+    return (f"{scores}\n\nE-SPL first reached rl's final score, that of iteration {at[-1]}, at iteration "
             f"{', '.join(map(str, reached))} (seeds {', '.join(map(str, section['seeds']))}; its first evaluation in "
-            f"training was at iteration {first}).")
+            f"training was at iteration {at[1]}).")
 
 
 def paired_table(section: dict) -> str:
@@ -234,8 +237,9 @@ def paired_table(section: dict) -> str:
 
 
 def compare_tables(section: dict) -> str:
-    """All of a comparison"""
-    return "\n\n".join([scores_table(section), paired_table(section), gains_tables(section)])
+    """All of a comparison."""
+    parts = [scores_table, paired_table] + [gains_tables] * ("table" in section["curves"]["espl"][0][-1])
+    return "\n\n".join(part(section) for part in parts)
 
 
 def cells(section: dict, mode: str, name: str) -> str:
