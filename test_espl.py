@@ -3604,7 +3604,7 @@ def test_a_run_goes_on_in_another_mode(world, run_of, tmp_path, first, second):
     rollouts = [r for r in read_lines(after, "rollouts.jsonl") if r["split"] == "train" and r["iteration"] > 3]
     assert len(rollouts) == 2 * 3 * 4 * 5                                           # M B N in every mode
     rated = lambda prompts: [s | {"scores": 0} for s in prompts]
-    if second == "rl":  # all rollouts and the evaluation are of one prompt, the best or, where none was rated, the newest
+    if second == "rl":  # rollouts and evaluation are of one prompt: the best or, where none was rated, the newest
         tested = metrics(before)[-1]["prompt"]
         assert rated(prompts_of(after)) == rated(prompts_of(before)) and tested > 0
         assert {r["prompt"] for r in rollouts} == {metrics(after)[-1]["prompt"]} == {tested}

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import espl  # noqa: E402
 
-# The rows of compare. More rollouts, more iterations: so many that rl samples as many tokens as espl with that seed, its
+# The rows of compare. More rollouts, more iterations: so many that rl samples as many tokens as espl of that seed, its
 # reflections included. "A, then B": half of the iterations in mode A, the others in mode B (as in BetterTogether).
 MORE, LONGER = "rl, more rollouts", "rl, more iterations"
 MODES = {"rl": "weights alone (`--mode rl`)", MORE: "weights alone, more rollouts",
