@@ -223,8 +223,8 @@ def scores_table(section: dict) -> str:
                for ours, theirs in zip(curves["espl"], curves["rl"])]
     at = [e["iteration"] for e in curves["rl"][0]]
     return (f"{scores}\n\nE-SPL first reached rl's final score, that of iteration {at[-1]}, at iteration "
-            f"{', '.join(map(str, reached))} (seeds {', '.join(map(str, section['seeds']))}; its first evaluation in "
-            f"training was at iteration {at[1]}).")
+            + ", ".join(f"{i} ({n} of {len(reached)} seeds)" for i, n in Counter(reached).items())
+            + f"; its first evaluation in training was at iteration {at[1]}.")
 
 
 def paired_table(section: dict) -> str:
