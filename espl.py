@@ -90,7 +90,7 @@ from tqdm import tqdm
 # ======================================================================================================================
 
 RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache", "table",
-             "reflector_concurrency", "reflector_timeout", "max_reflector_tokens")
+             "reflector_concurrency", "reflector_timeout", "max_reflector_tokens", "mode")
 MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts",
              "iterations", "seed", "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
@@ -218,7 +218,7 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     c, rng = run.config, np.random.default_rng(run.seed(f"evolution/{iteration}"))
     problems_B = next_problems(run, iteration)  # Alg. 1, line 3: a batch of B problems
     # Line 4: M system prompts. The rollouts of missing ones go to the others, so that every mode samples M B N.
-    prompts_M = run.population[-1:] if c.mode == "reflection" else select(run.population, c, rng)
+    prompts_M = select(run.population, c, rng) if c.mode in ("espl", "evolution") else [tested_prompt(run)]
     each, more = divmod(c.num_prompts * c.num_rollouts, len(prompts_M))  # of 15: 15, then 8 + 7, then 5 + 5 + 5
     # Lines 5-7: N solutions y_ij ~ pi_theta(. | s_i, x), rewards r_ij = R(x, y_ij), values V_i = mean_j r_ij
     groups = iter(sample_groups(run, [(s, x, each + (i < more)) for i, s in enumerate(prompts_M) for x in problems_B],
@@ -2327,7 +2327,8 @@ def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) ->
 def tested_prompt(run: Run) -> SystemPrompt:
     """The prompt that is evaluated; neither validation nor test scores have a say."""
     c, pool = run.config, run.population[-run.config.max_pool_size:]
-    if c.test_prompt == "latest" or c.mode == "reflection" or c.num_prompts == 1:  # alone, no prompt is ever rated
+    unrated = c.mode == "rl" and all(s.sigma >= 25 / 3 for s in pool)  # as reflection left them: alone, none is rated
+    if c.test_prompt == "latest" or c.mode == "reflection" or c.num_prompts == 1 or unrated:
         return pool[-1]
     return max(pool, key=lambda s: (s.mu - c.ucb_lambda * s.sigma, bool(s.history), s.id))  # of equals who competed
 
@@ -2345,7 +2346,7 @@ def make_table(run: Run, iteration: int, s: SystemPrompt, scores: dict[str, list
     """{measure: {cell or gain: [mean, low, high]}} on the test set: weights before and after training x root and tested
     prompt s, with 95 % bootstrap intervals over the problems. scores: of the last cell, which is known. Cells that are
     equal by construction (frozen weights; s is the root) are there once."""
-    trained, found = run.config.mode in ("espl", "rl") and iteration > 0, {}
+    trained, found = int(bit_sum(run.policy.theta) != bit_sum(run.policy.theta_ref)), {}
     for w in ("before", "after")[: 1 + trained]:
         for p in (run.population[0], s)[: 1 + (s.id > 0)]:
             known = p is s and (w == "after") == trained

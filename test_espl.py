@@ -2430,7 +2430,9 @@ def test_the_table_is_brute_force_arithmetic_over_its_cells(mode, tested, traine
     monkeypatch.setattr(espl, "sample_groups", sample_groups)
     population = population_of((25, 8), (25, 1))[: tested + 1]
     run = SimpleNamespace(config=espl.Config(mode=mode, test_samples=4), population=population, evaluations=[],
-                          task=SimpleNamespace(val=[], test=[espl.Problem(str(i), "", ()) for i in range(40)]))
+                          task=SimpleNamespace(val=[], test=[espl.Problem(str(i), "", ()) for i in range(40)]),
+                          policy=SimpleNamespace(theta_ref=[jnp.ones(3)], theta=[jnp.ones(3).at[1].add(
+                              1e-7 * (trained and mode != "evolution"))]))
     result = espl.evaluate(run, int(trained), table=True)
     table, weights = result["table"], ["before", "after"][: 1 + (mode != "evolution" and trained)]
     names = [f"{w}, {p}" for w in weights for p in ["root", "best"][: 1 + tested]]
@@ -3606,6 +3608,29 @@ def test_bad_resume(world, run_of, tmp_path, capsys):
     assert not best.with_name("9").exists() and equal(again.policy.theta, run.policy.theta) and metrics(again) == metrics(run)
 
 
+@pytest.mark.parametrize("first, second", [("rl", "evolution"), ("evolution", "rl"), ("reflection", "rl")])
+def test_a_run_goes_on_in_another_mode(world, run_of, tmp_path, first, second):
+    """What the first mode left is the second's start, weights or prompts that it does not teach stay as they are, and
+    the table asks what was learned in the whole run, not in the last mode."""
+    before = run_of(first)
+    shutil.copytree(before.directory, tmp_path / "run")
+    after = play(["--resume", tmp_path / "run", "--mode", second, "--iterations", 5], REPORT=tmp_path / "no pictures")
+    assert metrics(after)[:4] == metrics(before) and len(metrics(after)) == 6
+    learned = equal(after.policy.theta, before.policy.theta), equal(after.trainer.opt_state, before.trainer.opt_state)
+    assert learned == ((second == "evolution"),) * 2 and not equal(after.policy.theta, after.policy.theta_ref)
+    rollouts = [r for r in read_lines(after, "rollouts.jsonl") if r["split"] == "train" and r["iteration"] > 3]
+    assert len(rollouts) == 2 * 3 * 4 * 5                                           # M B N in every mode
+    rated = lambda prompts: [s | {"scores": 0} for s in prompts]
+    if second == "rl":  # rollouts and evaluation are of one prompt: the best or, where none was rated, the newest
+        tested = metrics(before)[-1]["prompt"]
+        assert rated(prompts_of(after)) == rated(prompts_of(before)) and tested > 0
+        assert {r["prompt"] for r in rollouts} == {metrics(after)[-1]["prompt"]} == {tested}
+    else:
+        assert len(prompts_of(after)) > 1 == len(prompts_of(before)) and metrics(after)[-1]["prompt"] > 0
+    cells = [name for name in metrics(after)[-1]["table"]["reward"] if ", " in name]
+    assert cells == ["before, root", "before, best", "after, root", "after, best"]
+
+
 def test_long_problems_are_left_out(world, tmp_path, capsys):
     problems = (world / "train.jsonl").read_text().splitlines(True) + LONG[:2]
     config = espl.parse_args(flags(world, tmp_path, train_file=file(tmp_path, *problems)))
@@ -3803,7 +3828,7 @@ def test_stop_tokens(tmp_path, files, expected):
 
 @pytest.mark.parametrize("changes, expected", [
     ({}, 0), (dict(ucb_lambda=0.0), 1), (dict(test_prompt="latest"), 2), (dict(mode="reflection"), 2),
-    (dict(num_prompts=1), 2)])
+    (dict(mode="rl"), 0), (dict(num_prompts=1), 2)])
 def test_tested_prompt_is_the_surest_one_or_the_latest(changes, expected):
     prompts = [espl.SystemPrompt(i, [], mu, sigma) for i, (mu, sigma) in enumerate([(25, 1), (30, 5), (24, 1)])]
     run = SimpleNamespace(config=espl.Config(**changes), population=prompts)
@@ -4677,9 +4702,12 @@ def lab():
 def test_the_laboratorys_statistics(lab):
     rng = np.random.default_rng(0)
     b, d = rng.normal(size=40), rng.normal(0.3, 0.1, 40)
-    mean, low, high = map(float, re.fullmatch(r"(\S+) \| (\S+) to (\S+)", lab.difference(b + d, b)).groups())
+    numbers = lambda text: [float(x) for x in re.fullmatch(r"(\S+)" + r" \| (\S+) to (\S+)" * 2, text).groups()]
+    mean, *bootstrap_and_t = numbers(lab.difference(b + d, b))
     assert mean == pytest.approx(d.mean(), abs=1e-3)  # of many values: the mean and 1.96 standard errors
-    assert [low, high] == pytest.approx(d.mean() + np.array([-1.96, 1.96]) * 0.1 / 40**0.5, abs=0.01)
+    assert bootstrap_and_t == pytest.approx([d.mean() + z * 0.1 / 40**0.5 for z in (-1.96, 1.96)] * 2, abs=0.01)
+    assert numbers(lab.difference([1, 2, 6], [0, 0, 0]))[3:] == pytest.approx([-3.572, 9.572], abs=1e-3)  # 4.303 s/3^.5
+    assert lab.difference([1], [0]) == "+1.000 | +1.000 to +1.000 | -inf to +inf"
     curve = [dict(iteration=i, test=i / 100, test_greedy=0.5, val=v) for i, v in
              zip(range(0, 70, 10), (0.1, 0.5, 0.9, 0.2, 0.9, 0.1, 0.3))]
     assert {name: lab.read([curve, curve], name) for name in lab.READINGS} == {
@@ -4712,6 +4740,46 @@ def test_the_laboratorys_2_x_2_table(lab):
     assert text.endswith("0.250 +- 0.212 more than the sum of the two.")
 
 
+def test_the_laboratory_spends_equal_budgets(lab):
+    """What espl sampled, its reflections included, is what rl gets, in rollouts or in iterations."""
+    sampled = lambda *tokens, at=60: [{"iteration": at, "tokens": dict(zip(("rollouts", "reflections"), tokens))}]
+    rl, ours = sampled(800, 0), sampled(700, 300)
+    config = lambda: espl.Config(num_prompts=3, num_rollouts=5)
+    lab.spend(more := config(), lab.MORE, rl, ours)
+    lab.spend(longer := config(), lab.LONGER, rl, ours)
+    assert more == dataclasses.replace(config(), num_prompts=1, num_rollouts=19)       # at least 15 * 1000 / 800
+    assert longer == dataclasses.replace(config(), iterations=75)
+    order = list(lab.plan(SimpleNamespace(command="compare", perfect=True)).items())
+    assert {name for name, _ in order} == {*lab.MODES, lab.PERFECT} and dict(order)[lab.MORE] == ["--mode", "rl"]
+    assert [name for name, _ in order].index(lab.MORE) > [name for name, _ in order].index("espl")
+
+
+def test_the_laboratory_runs_one_mode_after_the_other(lab, world, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(espl, "start_run", lambda c: seen.append((c.mode, c.iterations, c.resume)) or
+                        SimpleNamespace(config=c, task=SimpleNamespace(train=[0] * 12)))
+    monkeypatch.setattr(espl, "train", lambda run: (tmp_path / "config.json").write_text(json.dumps(vars(run.config))))
+    given = flags(world, tmp_path, mode="rl", iterations=9)
+    assert lab.train(espl.parse_args(given), "evolution").config.mode == "evolution"
+    assert seen == [("rl", 9, ""), ("evolution", 9, str(tmp_path))]
+    assert json.loads((tmp_path / "config.json").read_text())["iterations"] == 9
+
+
+def test_the_laboratory_compares_models(lab):
+    rows = lab.plan(SimpleNamespace(command="models", settings=["here/one", "two/"]))
+    assert list(rows) == [f"{mode} of {name}" for name in ("one", "two") for mode in ("rl", "evolution", "espl")]
+    assert rows["evolution of two"] == ["--mode", "evolution", "--model", "two/"]
+    finals = dict(zip(rows, ((0.2, 0.4), (0.6, 0.6), (0.7, 0.5), (0.3, 0.3), (0.4, 0.4), (0.5, 0.7))))
+    curves = {name: [[{"iteration": 0, "test": 0.125}, {"iteration": 9, "test": x}] for x in xs]
+              for name, xs in finals.items()}
+    one, two = lab.models_table({"curves": curves}).split("\n")[2:]
+    assert one == "| `one` | 0.125 +- 0.000 | 0.300 +- 0.141 | 0.600 +- 0.000 | 0.600 +- 0.141 | 1 of 2 |"
+    assert two.endswith("| 0.600 +- 0.141 | 2 of 2 |")
+    for bad in ([], ["a/one", "b/one"]):
+        with pytest.raises(espl.UserError, match="different names"):
+            lab.plan(SimpleNamespace(command="models", settings=bad))
+
+
 def test_perfect_prompts_solve_every_problem(lab, tmp_path):
     """What the prompts file adds to the root prompt is what the seed's world means; the task's other texts stay."""
     for seed in (0, 3):
@@ -4727,16 +4795,16 @@ def test_tables_are_those_of_the_results(lab, tmp_path, monkeypatch):
     results = json.loads((ROOT / "docs" / "results.json").read_text())
     texts = {page: page.read_text() for page in lab.pages()}
     assert all(lab.readme(text, results) == text for text in texts.values())
-    assert "<!-- compare -->" in "".join(texts.values())
+    assert "<!-- scores -->" in "".join(texts.values())
     (tmp_path / "docs").mkdir()
     pages = [tmp_path / "README.md", tmp_path / "docs" / "results.md", tmp_path / "docs" / "speed.md"]
-    for page, name in zip(pages, ("compare", "ratings", "")):
+    for page, name in zip(pages, ("scores", "ratings", "")):
         page.write_text(f"text\n<!-- {name} -->\nold\n<!-- end -->\n" if name else "no table")
     shutil.copy(ROOT / "docs" / "results.json", tmp_path / "docs")
     monkeypatch.setattr(lab, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["lab.py", "readme"])
     assert lab.main() == 0
-    for page, name in zip(pages[:2], ("compare", "ratings")):
+    for page, name in zip(pages[:2], ("scores", "ratings")):
         section, make = lab.TABLES[name]
         assert page.read_text() == f"text\n<!-- {name} -->\n{make(results[section])}\n<!-- end -->\n"
     assert pages[2].read_text() == "no table"
