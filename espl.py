@@ -2091,7 +2091,7 @@ MATH_VERIFY_SOURCE = inspect.getsource(math_verify_process)  # now: this file ma
 # 9. A run: its reflection model and evaluations, its files, its screen, and the program
 # ======================================================================================================================
 
-REPORT = Path(__file__).with_name("tools") / "report.py"  # draws curves.png and tree.png; a run does without it
+TOOLS = Path(__file__).with_name("tools")  # what the method can do without; each script is loaded where it is called for
 HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
 
 
@@ -2170,10 +2170,14 @@ class Run:
 
 
 def from_tools(name: str) -> SimpleNamespace:
-    """The functions of tools/NAME.py: what the method can do without is loaded only if a flag asks for it."""
-    path = Path(__file__).with_name("tools") / f"{name}.py"
-    with explained(f"cannot load {path}", "get the folder tools/"):
-        return SimpleNamespace(**runpy.run_path(str(path)))
+    """The functions of tools/NAME.py."""
+    with explained(f"cannot load {TOOLS / name}.py", "get the folder tools/"):
+        return SimpleNamespace(**runpy.run_path(f"{TOOLS / name}.py"))
+
+
+def draw(run: Run) -> None:
+    """curves.png, tree.png, tree.svg."""
+    from_tools("report").draw(run.directory)
 
 
 @contextlib.contextmanager
@@ -2342,28 +2346,6 @@ def score(run: Run, s: SystemPrompt, problems: list[Problem], split: str, iterat
         f"pass@{k}": [chance(g, k) for g in groups] for k in sorted({n} | {2**i for i in range(n.bit_length())})}
 
 
-def make_table(run: Run, iteration: int, s: SystemPrompt, scores: dict[str, list[float]]) -> dict[str, dict]:
-    """{measure: {cell or gain: [mean, low, high]}} on the test set: weights before and after training x root and tested
-    prompt s, with 95 % bootstrap intervals over the problems. scores: of the last cell, which is known. Cells that are
-    equal by construction (frozen weights; s is the root) are there once."""
-    trained, found = int(bit_sum(run.policy.theta) != bit_sum(run.policy.theta_ref)), {}
-    for w in ("before", "after")[: 1 + trained]:
-        for p in (run.population[0], s)[: 1 + (s.id > 0)]:
-            known = p is s and (w == "after") == trained
-            if known or run.config.table:  # without, tools/evaluate.py wants the last cell alone
-                values = scores if known else score(run, p, run.task.test, f"test_{w}", iteration)
-                found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
-    gains = {"prompt alone": ("before, best", "before, root"), "weights alone": ("after, root", "before, root"),
-             "both": ("after, best", "before, root"), "interaction": ("both", "prompt alone", "weights alone")}
-    for gain, (whole, *parts) in gains.items():
-        if {whole, *parts} <= found.keys():
-            found[gain] = found[whole] - sum(found[part] for part in parts)
-    x, rng = np.array(list(found.values())), np.random.default_rng(0)  # one draw of problems for all cells: paired
-    means = [x[:, :, rng.integers(x.shape[2], size=x.shape[2])].mean(2) for _ in range(2000)]
-    stats = np.stack([x.mean(2), *np.quantile(means, (0.025, 0.975), axis=0)], -1).tolist()
-    return {measure: {name: row[i] for name, row in zip(found, stats)} for i, measure in enumerate(scores)}
-
-
 def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
     """Score the tested prompt with pi_theta, and the 2 x 2 table if asked; keep the weights if validation is best."""
     s = tested_prompt(run)
@@ -2375,8 +2357,8 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
             s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
     if run.config.test_greedy:
         result["test_greedy"] = float(np.mean(score(run, s, run.task.test, "test_greedy", iteration)["reward"]))
-    if table:
-        result["table"] = make_table(run, iteration, s, scores)
+    if table and TOOLS.is_dir():
+        result["table"] = from_tools("evaluate").make_table(run, iteration, s, scores)
     run.evaluations.append(result)
     if "val" in result and max(run.evaluations, key=lambda e: e["val"]) is result:  # the first of equals
         save_checkpoint(run, iteration, "best", keep=1)
@@ -2502,8 +2484,8 @@ def write_logs(run: Run, m: dict) -> None:
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
         slow = "test" in m and sum(run.seconds.values()) > 10
-        if REPORT.is_file() and (slow or m["iteration"] == last_iteration(run)):
-            runpy.run_path(str(REPORT))["draw"](run.directory)
+        if TOOLS.is_dir() and (slow or m["iteration"] == last_iteration(run)):
+            draw(run)
         if run.tracker:
             run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
     except Exception as e:
@@ -2571,20 +2553,6 @@ def summary(evaluations: list[dict]) -> dict[str, dict]:
     return {"base model": first, "final": final, "mean of last 5": mean} | picked  # the first of equals
 
 
-def table_text(table: dict[str, dict], prompt: int, measure: str) -> str:
-    """One measure of `make_table`'s table, as on the screen."""
-    titles = {"root": "root prompt", "best": f"prompt {prompt}"}
-    prompts = dict.fromkeys(name.partition(", ")[2] for name in table[measure])
-    head = "".join(titles[p].rjust(28) for p in prompts if p)
-    rows = {f"{measure} (95 % interval over problems)": head}
-    for name, values in table[measure].items():
-        weights, cell, _ = name.partition(", ")
-        title = f"weights {weights} training" if cell else f"gain: {name}"
-        form = "{:.3f} ({:.3f} to {:.3f})" if cell else "{:+.3f} ({:+.3f} to {:+.3f})"
-        rows[title] = rows.get(title, "") + form.format(*values).rjust(28)
-    return "\n".join(title.ljust(42) + cells for title, cells in rows.items())
-
-
 def closing_report(run: Run) -> str:
     """What a run ends with: the scores on the test set, the tested prompt, and where the files are."""
     c, s = run.config, tested_prompt(run)
@@ -2595,7 +2563,7 @@ def closing_report(run: Run) -> str:
         name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
         lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
     if table := run.evaluations[-1].get("table"):
-        lines += ["", table_text(table, s.id, "reward")]
+        lines += ["", from_tools("evaluate").table_text(table, s.id, "reward")]
     return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}",
                       re.sub("^", "    ", listing(numbered(s.principles)), flags=re.M), "", f"files: {run.directory}"])
 

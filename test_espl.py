@@ -73,6 +73,19 @@ from transformers import PreTrainedTokenizerFast
 import espl
 
 
+ROOT = Path(espl.__file__).parent
+
+
+def load_tool(name):
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+TABLES = load_tool("evaluate")
+
+
 def make_mesh(data=1, model=1):
     auto = (jax.sharding.AxisType.Auto,) * 2
     return jax.make_mesh((data, model), ("data", "model"), axis_types=auto, devices=jax.devices()[: data * model])
@@ -2457,7 +2470,7 @@ def test_the_table_is_brute_force_arithmetic_over_its_cells(mode, tested, traine
             assert mean == pytest.approx(x.mean())
             assert [low, high] == pytest.approx(list(interval.confidence_interval), abs=0.026)
     assert result["test"] == table["reward"][names[-1]][0]
-    text = espl.table_text(table, 7, "pass@2").split("\n")
+    text = TABLES.table_text(table, 7, "pass@2").split("\n")
     assert len(text) == 1 + len(weights) + len(expected) - len(names)
     assert "root prompt" in text[0] and ("prompt 7" in text[0]) == bool(tested)
     shown = [float(x) for line in text[1:] for x in re.findall(r"[+-]?\d\.\d{3}", line)]
@@ -2864,7 +2877,7 @@ def test_the_last_line_has_the_table_of_the_rollouts(run_of, mode):
         split, prompt = "test" if name == cells[-1] else f"test_{w}", tested if p == "best" else 0
         rewards = [r["reward"] for r in rollouts if (r["split"], r["prompt"], r["iteration"]) == (split, prompt, 3)]
         assert len(rewards) == 6 and table["reward"][name][0] == pytest.approx(np.mean(rewards))
-    assert f"\n{espl.table_text(table, tested, 'reward')}\n" in espl.closing_report(run_of(mode))
+    assert f"\n{TABLES.table_text(table, tested, 'reward')}\n" in espl.closing_report(run_of(mode))
 
 
 def test_cells_of_the_table_share_their_seeds_and_differ_in_weights(run_of):
@@ -2885,7 +2898,7 @@ def contents(directory):
 
 def evaluation(capsys, *args):
     """The directory of one by tools/evaluate.py, its line of metrics.jsonl, its rollouts, and what it printed."""
-    assert load_tool("evaluate").main([str(a) for a in args]) == 0
+    assert TABLES.main([str(a) for a in args]) == 0
     printed = capsys.readouterr().out
     run = SimpleNamespace(directory=Path(re.findall("^files: (.*)$", printed, re.M)[-1]))
     [m] = metrics(run)
@@ -2897,7 +2910,7 @@ def test_evaluation_of_a_run(world, run_of, tmp_path, capsys):
     run = run_of("espl")
     before, last = contents(run.directory), metrics(run)[-1]
     _, m, _, printed = evaluation(capsys, run.directory, "--run-dir", tmp_path / "again")
-    assert m["table"] == last["table"] and espl.table_text(m["table"], last["prompt"], "pass@2") in printed
+    assert m["table"] == last["table"] and TABLES.table_text(m["table"], last["prompt"], "pass@2") in printed
     other = file(tmp_path, *({"problem": f"problem w{i}", "answer": i % 4} for i in range(5)))
     _, m, rollouts, _ = evaluation(capsys, run.directory, "--run-dir", tmp_path / "more", "--test-file", other,
                                    "--test-prompt", "latest", "--test-samples", 5, "--temperature", 0.8,
@@ -2916,7 +2929,7 @@ def test_evaluation_of_a_run(world, run_of, tmp_path, capsys):
                                    "latest")
     cell = m["table"]["reward"]
     assert list(cell) == ["after, best"] and len(rollouts) == 6
-    assert espl.table_text({"reward": cell}, latest, "reward").split("\n")[0].split()[-2:] == ["prompt", str(latest)]
+    assert TABLES.table_text({"reward": cell}, latest, "reward").split("\n")[0].split()[-2:] == ["prompt", str(latest)]
     directory, m, _, _ = evaluation(capsys, run.directory, "--best")               # by default in RUN/eval-<time>
     picked, after = espl.summary(run.evaluations)["picked by validation"], contents(run.directory)
     assert (m["iteration"], m["prompt"], m["test"]) == tuple(picked[k] for k in ("iteration", "prompt", "test"))
@@ -2941,7 +2954,7 @@ def test_evaluation_of_a_model(world, tmp_path, capsys):
     (["--resume", "x"], "cannot")])
 def test_bad_evaluation(run_of, tmp_path, capsys, more, message):
     shutil.copy(run_of("rl").directory / "config.json", tmp_path)
-    assert load_tool("evaluate").main([str(a) for a in [tmp_path, *more]]) == 2
+    assert TABLES.main([str(a) for a in [tmp_path, *more]]) == 2
     assert re.search(f"evaluate: error: .*{message}.*\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -3221,7 +3234,7 @@ def full_disk(*_, **__):
 
 
 @pytest.mark.parametrize("part, warning", [
-    ("runpy", "it broke"), ("open", "No space left"), ("subprocess", "answers not graded")])
+    ("draw", "it broke"), ("open", "No space left"), ("subprocess", "answers not graded")])
 def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     generate = espl.generate
 
@@ -3231,10 +3244,10 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     patches = {"open": dict(open=full_disk),
                "subprocess": dict(readings=lambda text: [f"{text}x"], subprocess=SimpleNamespace(
                    run=full_disk, TimeoutExpired=subprocess.TimeoutExpired)),
-               "runpy": dict(runpy=SimpleNamespace(run_path=fail), generate=reflecting_fails)}
+               "draw": dict(draw=fail, generate=reflecting_fails)}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
     assert warning in error and "badly" not in error and run.population[0].history
-    if part == "runpy":
+    if part == "draw":
         assert metrics(run)[1]["no_child"]["mutation"] == "failed: it broke" and len(prompts_of(run)) == 1
         assert "warning: mutation failed: it broke; its traceback is in reflections.jsonl" in error
     if part == "subprocess":
@@ -3614,7 +3627,7 @@ def test_a_run_goes_on_in_another_mode(world, run_of, tmp_path, first, second):
     the table asks what was learned in the whole run, not in the last mode."""
     before = run_of(first)
     shutil.copytree(before.directory, tmp_path / "run")
-    after = play(["--resume", tmp_path / "run", "--mode", second, "--iterations", 5], REPORT=tmp_path / "no pictures")
+    after = play(["--resume", tmp_path / "run", "--mode", second, "--iterations", 5], draw=lambda run: None)
     assert metrics(after)[:4] == metrics(before) and len(metrics(after)) == 6
     learned = equal(after.policy.theta, before.policy.theta), equal(after.trainer.opt_state, before.trainer.opt_state)
     assert learned == ((second == "evolution"),) * 2 and not equal(after.policy.theta, after.policy.theta_ref)
@@ -4009,15 +4022,6 @@ def test_evolution_with_a_tool(caller, tmp_path):
 # ======================================================================================================================
 # The embedded world: its task file, its lessons, its model, shipped and made anew
 # ======================================================================================================================
-
-ROOT = Path(espl.__file__).parent
-
-
-def load_tool(name):
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
 
 
 glyphs, pretraining = SimpleNamespace(**espl.task_file("glyphs")), load_tool("pretrain_glyphs")

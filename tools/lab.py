@@ -357,7 +357,7 @@ def run_all(args, extra: list[str]) -> dict:
     configs = [(name, config_of(name, [*extra, *flags], seed, args.out))  # what is wrong is said before the first run
                for name, flags in plan(args).items() for seed in seeds]
     section = {"command": sys.argv[1:], "seeds": seeds, "curves": {}, "rho": {}, "report": ""}
-    espl.print_line, espl.REPORT = lambda *_: None, Path("no pictures")
+    espl.print_line = espl.draw = lambda *_: None
     espl.progress = lambda items=None, **_: espl.tqdm(disable=True) if items is None else items  # one bar is enough
     for name, config in bar(configs, desc=args.command):
         curves = section["curves"].setdefault(name, [])
