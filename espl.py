@@ -24,9 +24,9 @@ Algorithm 1 of the paper, its statements numbered from "Initialize S", and where
 
 Axes are suffixes of names. In sections 3 and 4: M system prompts, B problems of a batch, N rollouts; V_i is a mean
 reward over a batch, V[i,b] over one problem. In sections 5 to 7: B rows, T query tokens, S key tokens, N query heads, K
-key/value heads, G = N/K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank. A slot is a
-hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evolution, 5 RL update, 6 sampling, 7 model,
-8 tasks, 9 a run, its files and the program.
+key/value heads, G = N/K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank or chosen rows,
+Z shards of the rows. A slot is a hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evolution, 5
+RL update, 6 sampling, 7 model, 8 tasks, 9 a run, its files and the program.
 
 Where this file departs from the paper, and why:
  1. Selection: the highest score plus random others, the paper's simplified strategy; --selection has line 4's softmax.
@@ -1027,9 +1027,9 @@ def admit(decoder: Decoder, queue) -> None:
             prompts = {row.group: (row.prompt[:-1], 0) for row in queue if not row.response.tokens}
             length = cache_length(decoder.policy, len(queue[0].prompt) - 1)
             fit = list(itertools.takewhile(lambda part: len(part[0]) <= length, prompts.values()))
-            P = row_count(len(fit), max(1, PIECE // length), 1)
-            keys_values = prefill(*decoder.weights[:3], *padded(fit[:P], P, length))
-            decoder.prefix = list(prompts)[: len(fit[:P])], keys_values
+            n = row_count(len(fit), max(1, PIECE // length), 1)
+            keys_values = prefill(*decoder.weights[:3], *padded(fit[:n], n, length))
+            decoder.prefix = list(prompts)[: len(fit[:n])], keys_values
 
 
 def feed(decoder: Decoder) -> None:
@@ -1131,18 +1131,18 @@ def write_prefix(cache, prefix, source_B, cfg):
 
 
 @partial(jax.jit, static_argnames=("cfg", "length"))  # not donated: no buffer has the new shape
-def resize_layer(layer, row_DR, cfg, length):
+def resize_layer(layer, row_ZR, cfg, length):
     """A layer's cache with only these rows (None: all), and room for `length` tokens in each."""
     def resized(x):
-        x = x if row_DR is None else take_rows(x, row_DR)
+        x = x if row_ZR is None else take_rows(x, row_ZR)
         return constrain(jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), *cache_spec(cfg))
     return jax.tree.map(resized, layer)
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def extend(graphdef, theta, frozen, layers, cache, row_DR, token_BT, position_BT):
+def extend(graphdef, theta, frozen, layers, cache, row_ZR, token_BT, position_BT):
     """The cache with more tokens in some of its rows, which see those before them. A row beyond the last is padding."""
-    return nnx.merge(graphdef, theta, frozen)(token_BT, position_BT, None, cache, layers, row_DR)[1]
+    return nnx.merge(graphdef, theta, frozen)(token_BT, position_BT, None, cache, layers, row_ZR)[1]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "top_p"), donate_argnames="cache",
@@ -1350,7 +1350,7 @@ class Block(nnx.Module):
         if cfg.post_norms:
             self.attention_post_norm, self.mlp_post_norm = RMSNorm(cfg, D), RMSNorm(cfg, D)
 
-    def __call__(self, x_BTD, cos, sin, position_BT, window, prefix=None, cache=None, row_DR=None):
+    def __call__(self, x_BTD, cos, sin, position_BT, window, prefix=None, cache=None, row_ZR=None):
         """The residual stream after this layer, and keys and values: the cache with the new ones, or these alone."""
         cfg, (B, T, _) = self.cfg, x_BTD.shape
         h = self.attention_norm(x_BTD)
@@ -1360,11 +1360,11 @@ class Block(nnx.Module):
         q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).swapaxes(1, 2), v.swapaxes(1, 2)
         key_position_BS, new = position_BT, (k, v)
         if cache is not None:
-            all_DR = jnp.broadcast_to(jnp.arange(B // (D := row_shards(cfg, B))), (D, B // D))
+            all_ZR = jnp.broadcast_to(jnp.arange(B // (Z := row_shards(cfg, B))), (Z, B // Z))
             fix = lambda x: constrain(x, *cache_spec(cfg))  # all of them, or the compiler moves the cache in each step
-            new = tuple(fix(write_tokens(fix(old), fix(x), position_BT, all_DR if row_DR is None else row_DR))
+            new = tuple(fix(write_tokens(fix(old), fix(x), position_BT, all_ZR if row_ZR is None else row_ZR))
                         for old, x in zip(cache, new))
-            k, v = new if row_DR is None else (take_rows(x, row_DR) for x in new)
+            k, v = new if row_ZR is None else (take_rows(x, row_ZR) for x in new)
             key_position_BS = jnp.broadcast_to(jnp.arange(k.shape[2]), (B, k.shape[2]))
         elif prefix is not None:
             k, v = (jnp.concatenate(x, 2) for x in zip(prefix[:2], new))
@@ -1376,20 +1376,20 @@ class Block(nnx.Module):
         return x_BTD + (self.mlp_post_norm(h) if cfg.post_norms else h), new
 
 
-def take_rows(x, row_DR):
-    """[D * R, …] of x [D * rows, …]: D shards give R of their own rows each, so that nothing is sent."""
-    D, R = row_DR.shape
-    taken = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x.reshape(D, -1, *x.shape[1:]), row_DR)
-    return taken.reshape(D * R, *x.shape[1:])
+def take_rows(x, row_ZR):
+    """[Z * R, …] of x [Z * rows, …]: Z shards give R of their own rows each, so that nothing is sent."""
+    Z, R = row_ZR.shape
+    taken = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x.reshape(Z, -1, *x.shape[1:]), row_ZR)
+    return taken.reshape(Z * R, *x.shape[1:])
 
 
-def write_tokens(cache_BKSH, x_RKTH, position_RT, row_DR):
-    """The cache with tokens at their positions in these rows of each of D shards. What lies beyond it is dropped."""
+def write_tokens(cache_BKSH, x_RKTH, position_RT, row_ZR):
+    """The cache with tokens at their positions in these rows of each of Z shards. What lies beyond it is dropped."""
     def write(cache, x, position, row):
         return cache.at[row[:, None, None], jnp.arange(x.shape[1])[:, None], position[:, None]].set(x, mode="drop")
 
-    apart = [x.reshape(len(row_DR), -1, *x.shape[1:]) for x in (cache_BKSH, x_RKTH, position_RT)]
-    return jax.vmap(write)(*apart, row_DR).reshape(cache_BKSH.shape)
+    apart = [x.reshape(len(row_ZR), -1, *x.shape[1:]) for x in (cache_BKSH, x_RKTH, position_RT)]
+    return jax.vmap(write)(*apart, row_ZR).reshape(cache_BKSH.shape)
 
 
 class Transformer(nnx.Module):
@@ -1405,14 +1405,14 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(cfg, cfg.model_dim)
         self.layers = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r)))(rngs)
 
-    def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, row_DR=None, remat=""):
+    def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, row_ZR=None, remat=""):
         """Final hidden states [B, T, D], and these tokens' keys and values, stacked: [L, B, K, T, H].
 
         Padding, left or right, is any token at PAD_POSITION. Queries see the given tokens and either of
           prefix: (what an earlier call on prompts returned, their positions [prompts, S], the prompt of each row,
             counted within its shard [shards, rows]);
           cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned.
-            row_DR: only these of its rows, counted within their shard, are in the batch. The layers, as `unstack`
+            row_ZR: only these of its rows, counted within their shard, are in the batch. The layers, as `unstack`
             returned them, are called in a loop: a scan would copy each one's weights and cache in every step.
         remat: the backward pass computes again nothing (""), all of a layer ("layer"), or all but its linear maps.
         """
@@ -1424,16 +1424,16 @@ class Transformer(nnx.Module):
         if cache is not None:
             keys_values = []
             for block, rope, window, old in zip(layers, cfg.layer_rope, cfg.layer_window, cache):
-                x_BTD, new = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old, row_DR=row_DR)
+                x_BTD, new = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old, row_ZR=row_ZR)
                 x_BTD = spread(x_BTD)
                 keys_values.append(new)
             return self.final_norm(x_BTD), keys_values
         graphdef, weights = nnx.split(self.layers)
-        keys_values, prefix_position, owner_DR = prefix or (None, None, None)
+        keys_values, prefix_position, owner_ZR = prefix or (None, None, None)
 
         def layer(x_BTD, xs):
             weights, rope, window, old = xs
-            before = old and tuple(take_rows(x, owner_DR) for x in (*old, prefix_position))  # of prompts -> of rows
+            before = old and tuple(take_rows(x, owner_ZR) for x in (*old, prefix_position))  # of prompts -> of rows
             x_BTD, new = nnx.merge(graphdef, weights)(x_BTD, cos[rope], sin[rope], position_BT, window, before)
             return spread(x_BTD), new
 
