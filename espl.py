@@ -13,7 +13,7 @@ Algorithm 1 of the paper, its statements numbered from "Initialize S", and where
     3      sample a problem x ~ D (here a batch of B)                              next_problems
     4      sample M system prompts from S, p_i ~ exp(mu_i + lambda sigma_i)        select
     5-6    for each s_i sample N solutions y_ij ~ pi_theta(. | s_i, x)             sample_groups, generate
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                                    grade, Group.value
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                                    grade, values_M (V[i,b]: Group.value)
     8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)              to_samples, surrogate
     9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))             rl_update
     10-11  rank the s_i by V_i; TrueSkill.update                                   update_ratings
@@ -24,18 +24,20 @@ Algorithm 1 of the paper, its statements numbered from "Initialize S", and where
 
 Axes are suffixes of names. In sections 3 and 4: M system prompts, B problems of a batch, N rollouts; V_i is a mean
 reward over a batch, V[i,b] over one problem. In sections 5 to 7: B rows, T query tokens, S key tokens, N query heads, K
-key/value heads, G = N/K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank. A slot is a
-hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evolution, 5 RL update, 6 sampling, 7 model,
-8 tasks, 9 a run, its files and the program.
+key/value heads, G = N/K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank or chosen rows,
+Z shards of the rows. A slot is a hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evolution, 5
+RL update, 6 sampling, 7 model, 8 tasks, 9 a run, its files and the program.
 
 Where this file departs from the paper, and why:
  1. Selection: the highest score plus random others, the paper's simplified strategy; --selection has line 4's softmax.
  2. A child's sigma is sqrt(sigma^2 + dsigma^2), as in the paper's appendix and Algorithm 2, not line 16's sum.
- 3. Neighbours in the ranking within 0.01 tie; ties for the best prompt are broken at random, by the seed.
+ 3. Neighbours in the ranking within 0.01 tie; for the best prompt only equals do, and the seed decides between them.
  4. A validation split of the training problems picks the checkpoint; the test set only reports, and its questions are
     taken out of the training set. The paper's figures are running maxima over the test set.
  5. The KL term's gradient is that of the KL over the next token, given its prefix.
- 6. Parents of a crossover strictly won a problem, the best prompt too (as in the code): it is rarer than p_crossover.
+ 6. Parents of a crossover strictly won a problem, the best prompt too, as in the authors' code: it is rarer than
+    p_crossover.
+ 7. V_i, by which prompts are ranked, is a mean over the batch; the advantage's baseline is V[i,b], of one problem.
 docs/released_code.md compares with the code that its authors released.
 """
 
@@ -88,7 +90,7 @@ from tqdm import tqdm
 # ======================================================================================================================
 
 RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microbatch_tokens", "compile_cache", "table",
-             "reflector_concurrency", "reflector_timeout", "max_reflector_tokens", "model_parallel")
+             "reflector_concurrency", "reflector_timeout", "max_reflector_tokens", "mode", "model_parallel")
 MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts",
              "iterations", "seed", "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")
 AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
@@ -147,7 +149,7 @@ class Config:
     max_new_tokens: int = flag(15000, "Sampling", "longest response, with the replies of tools", low=1)
     max_tool_calls: int = flag(4, "Sampling", "calls of tools in a response; one more ends it", low=0)
     context: int = flag(0, "Sampling", "most tokens of prompt and response (0: what the model was made for)", low=0)
-    max_rows: int = flag(0, "Sampling", "most rollouts decoded at once (0: as memory allows)", low=0)
+    max_rows: int = flag(0, "Sampling", "most rollouts decoded at once (0: as memory allows, to 512; CPU: 64)", low=0)
     prompt_role: str = flag("system", "Sampling", "turn that carries the system prompt", choices=("system", "user"))
     thinking: bool = flag(True, "Sampling", "passed to the chat template as enable_thinking")
 
@@ -156,7 +158,7 @@ class Config:
     selection_temperature: float = flag(1.0, "Evolution", "of --selection softmax", "T", low=1e-6)
     ucb_lambda: float = flag(2.0, "Evolution", "score = mu + lambda sigma", "lambda", low=0)
     window: int = flag(10, "Evolution", "only the most recent prompts are selected", "K", low=1)
-    max_pool_size: int = flag(200, "Evolution", "population size; the oldest leaves first", low=1)
+    max_pool_size: int = flag(200, "Evolution", "the youngest so many may be tested, and selected (--window)", low=1)
     p_crossover: float = flag(0.2, "Evolution", "chance of crossover in an iteration", "p_crossover", low=0, high=1)
     delta_sigma: float = flag(1.0, "Evolution", "uncertainty added to a child's rating", "dsigma", low=0)
     rating: str = flag("trueskill", "Evolution", "last: mu is a prompt's last V_i, and lambda is 0 unless it is given",
@@ -216,13 +218,13 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     c, rng = run.config, np.random.default_rng(run.seed(f"evolution/{iteration}"))
     problems_B = next_problems(run, iteration)  # Alg. 1, line 3: a batch of B problems
     # Line 4: M system prompts. The rollouts of missing ones go to the others, so that every mode samples M B N.
-    prompts_M = run.population[-1:] if c.mode == "reflection" else select(run.population, c, rng)
+    prompts_M = select(run.population, c, rng) if c.mode in ("espl", "evolution") else [tested_prompt(run)]
     each, more = divmod(c.num_prompts * c.num_rollouts, len(prompts_M))  # of 15: 15, then 8 + 7, then 5 + 5 + 5
     # Lines 5-7: N solutions y_ij ~ pi_theta(. | s_i, x), rewards r_ij = R(x, y_ij), values V_i = mean_j r_ij
     groups = iter(sample_groups(run, [(s, x, each + (i < more)) for i, s in enumerate(prompts_M) for x in problems_B],
                                 "train", iteration))
     groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
-    values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # so ties are exact
+    values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # equal sums: equal means
     run.finished = -1  # from here on the state is between two iterations, not to be saved
 
     def learn() -> dict:  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
@@ -238,10 +240,9 @@ def espl_iteration(run: Run, iteration: int) -> dict:
             return {}
         update_ratings(prompts_M, values_M, iteration, c.rating)                        # lines 10-11
         k = argmax(values_M, rng)                                                       # line 12
-        with timed(run, "reflect"):
-            reflect = partial(ask, run, iteration, Counter())                           # lines 13-21
-            return breed(run, Tournament(prompts_M, groups_MB, k, reflect, run.task.parse, c, rng, run.chat.control,
-                                         run.task.texts), iteration)
+        with timed(run, "reflect"):                                                     # lines 13-21
+            return breed(run, Tournament(prompts_M, groups_MB, k, partial(ask, run, iteration, Counter()),
+                                         run.task.parse, c, rng, run.chat.control, run.task.texts), iteration)
 
     learning, evolution = run.server.side_by_side(run, learn, evolve) if run.server else (learn(), evolve())
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
@@ -262,6 +263,7 @@ def breed(run: Run, tournament: Tournament, iteration: int) -> dict:
             if "RESOURCE_EXHAUSTED" in str(e):
                 raise
             log["no_child"][name] = f"failed: {first_line(e)}"
+            warn(f"{name} {log['no_child'][name]}; its traceback is in reflections.jsonl")
             run.append("reflections.jsonl", [{"iteration": iteration, "traceback": traceback.format_exc()}])
     return log | {"parse_failures": tournament.unread, "dropped": dict(+tournament.dropped)}
 
@@ -307,15 +309,16 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
     train, val, test, test_greedy (decoded greedily), test_before (of pi_ref) or test_after, these with test's seeds."""
     c, chat = run.config, run.chat
     prompts = [chat.ids(system_text(run.task, s.principles), x.question) for s, x, _ in pairs]
-    sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens,
-                        run.seed(f"{split.partition('_')[0]}/{iteration}"), f"sampling {split}")
+    training, seed = split == "train", run.seed(f"{split.partition('_')[0]}/{iteration}")
+    sampling = Sampling(0.0 if split == "test_greedy" else c.temperature, c.top_p, c.max_new_tokens, seed,
+                        f"sampling {split}")
     theta = run.policy.theta_ref if split == "test_before" else run.policy.theta
-    with timed(run, "sample" if split == "train" else "evaluate"):
+    with timed(run, "sample" if training else "evaluate"):
         responses = generate(run.policy, theta, prompts, [n for _, _, n in pairs], sampling,
                              partial(answer_call, run, prompts) if run.task.tools else None)
-    run.tokens["rollouts" if split == "train" else "evaluation"] += sum(
+    run.tokens["rollouts" if training else "evaluation"] += sum(
         p is not None for group in responses for y in group for p in y.logprobs)  # what tools said was not sampled
-    with timed(run, "grade" if split == "train" else "evaluate"):
+    with timed(run, "grade" if training else "evaluate"):
         last_turns = [(x, final_text(chat.text(y.tokens[y.turn:], y.tokens[:y.turn] or prompt)))
                       for (_, x, _), prompt, group in zip(pairs, prompts, responses) for y in group]
         graded = iter(on_host_0(grade, run.task, last_turns))
@@ -373,15 +376,17 @@ def select(population: list[SystemPrompt], c: Config, rng) -> list[SystemPrompt]
     """M distinct prompts of the K most recent ones, all while there are fewer   (Alg. 1, line 4; section Selection)."""
     window = population[-min(c.window, c.max_pool_size):]
     scores = np.array([s.mu + c.ucb_lambda * s.sigma for s in window])
-    order, first = rng.permutation(len(window)), None  # ties, and what is drawn at random, in random order
+    order, first = rng.permutation(len(window)), None  # equals are in random order
     match c.selection:
         case "top_random":  # "always add the highest score, but randomly sample from the rest of the sliding window"
-            first, scores = argmax(scores, rng), 0 * scores
+            first, scores = argmax(scores, rng), np.zeros(len(window))
         case "softmax":     # p_i ~ exp(score_i / T) without replacement: the largest of score / T + Gumbel noise
             scores = scores / c.selection_temperature + rng.gumbel(size=len(window))
         case "uniform":
-            scores = 0 * scores
-        case "lucb":        # the best lower bound, then the best upper bounds; ucb: these alone
+            scores = np.zeros(len(window))
+        case "ucb":         # mu + lambda sigma, as they are
+            pass
+        case "lucb":        # the best lower bound, then the best upper bounds
             first = max(order, key=lambda i: window[i].mu - c.ucb_lambda * window[i].sigma)
     order = sorted(order, key=lambda i: (i != first, -scores[i]))
     return sorted((window[i] for i in order[: c.num_prompts]), key=lambda s: s.id)
@@ -410,7 +415,8 @@ def add_child(population: list[SystemPrompt], principles: list[str], parents: li
     """Append a child (Alg. 1, lines 16 and 21; Alg. 2). Raises NoChild if it is not new. It inherits what is known of
     its parents, their precision-weighted mean, but not that it has been tried: its sigma is widened by dsigma."""
     if same := [s for s in population if s.principles == principles]:
-        raise NoChild(f"nothing changed (equal to prompt {same[0].id}); a higher --reflect-temperature varies more")
+        raise NoChild(f"nothing changed (equal to prompt {same[0].id}); raise --reflect-temperature, or "
+                      "--max-principles where it has as many")
     precision = [s.sigma**-2 for s in parents]
     mu = sum(p * s.mu for p, s in zip(precision, parents)) / sum(precision)
     sigma = math.sqrt(1 / sum(precision) + c.delta_sigma**2)
@@ -461,9 +467,11 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         raise NoChild(f"no problem to reflect on ({c.reflect_on}); try --reflect-on failures, or other problems")
     current, problems = numbered(parent.principles), [g.problem for g in groups]
     # App. Trajectory Summarization: one request a rollout, given its grade and the truth
-    summaries = iter(r.ask("summarize", [
+    summaries = r.ask("summarize", [
         dict(problem=g.problem.question, answer=g.problem.answer, principles=listing(current), response=y, grade=grade)
-        for g in groups for y, grade in zip(g.texts, g.grades)]))
+        for g in groups for y, grade in zip(g.texts, g.grades)])
+    r.dropped.update({"empty summary": summaries.count("")})
+    summaries = iter(summaries)
     # App. Self-Critique and Local Edit Proposal: one request a problem, at most K_ops operations each
     critiques = r.operations("critique", [
         critique_slots(g.problem, current, [(grade, next(summaries)) for grade in g.grades], c.max_operations)
@@ -504,7 +512,7 @@ def crossover(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
     return apply_operations(set_a, ops, kinds, problems, r), [prompts[i] for i in wins]
 
 
-OPERATORS = {  # name: (operator, its chance in an iteration); add one here, nothing else needs to know
+OPERATORS = {  # name: (operator, its chance in an iteration); a new one needs no more, but for its requests in SLOTS
     "mutation": (mutate, lambda c: 1.0),
     "crossover": (crossover, lambda c: c.p_crossover if c.num_prompts > 1 and c.mode != "reflection" else 0.0),
 }
@@ -524,7 +532,7 @@ def listing(principles: dict[str, str]) -> str:
 
 def critique_slots(problem: Problem, principles: dict, summaries: list[tuple[str, str]], max_operations: int) -> dict:
     """Slots of a critique request: one problem, with the (grade, summary) of each rollout."""
-    attempts = [f"Attempt {j + 1} ({grade}):\n{text}" for j, (grade, text) in enumerate(summaries)]
+    attempts = [f"Attempt {j + 1} ({grade}):\n{text or '(no summary)'}" for j, (grade, text) in enumerate(summaries)]
     return dict(problem=problem.question, answer=problem.answer, principles=listing(principles),
                 attempts="\n\n".join(attempts), max_operations=str(max_operations))
 
@@ -564,7 +572,7 @@ def parse_operations(reply: str) -> list[dict] | None:
     fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
     for block in [*fenced[::-1], re.split(r"\[(?=\s*\{)", text)[-1], text]:
         operations = [op for op in map(read_object, OBJECT.findall(block)) if "operation" in op]
-        if operations or re.search(r"(?<!= )\[\s*\]$", block.rstrip("`*. \n")):  # an empty list ends it
+        if operations or re.search(r"(?<!=)(?<!= )\[\s*\]$", block.rstrip("`*. \n")):  # an empty list ends it
             return operations
     return None
 
@@ -636,8 +644,9 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
     return kept
 
 # ======================================================================================================================
-# 5. RL update: J(theta) = 1/(N M B) sum_ibj A_ibj sum_t w_t log pi_theta(y_t | s_i, x_b, y_<t) - beta KL(pi, pi_ref).
-#    One step a batch, on the samples of the same weights: with top_p 1 every importance ratio w is 1 up to rounding.
+# 5. RL update: maximises J - beta KL(pi_theta, pi_ref), J = 1/(N M B) sum_ibj sum_t f(log pi_theta(y_t | …), A_ibj),
+#    where f is `surrogate`. One step a batch, on samples of the same weights: with top_p 1 importance ratios are 1 (to
+#    rounding).
 # ======================================================================================================================
 
 
@@ -680,7 +689,7 @@ def rl_update(trainer: Trainer, samples: list[Sample], num_rollouts: int) -> dic
         return {"skipped": "no rollout with a learning signal"}
     gradient, sums = zeros_like(policy.theta), []
     batches = list(microbatches(samples, trainer.max_tokens, policy.mesh.shape["data"]))
-    remat = cheapest_remat(policy.cfg, policy.mesh, trainer.max_tokens)
+    remat = cheapest_remat(policy.cfg, policy.mesh, max(b["token"].size + b["prompt"].size for b in batches))
     spread = jax.sharding.NamedSharding(policy.mesh, P("data"))
     for batch in progress(batches, desc="updating"):
         batch = {name: jax.make_array_from_callback(x.shape, spread, x.__getitem__) for name, x in batch.items()}
@@ -727,8 +736,8 @@ adam_init = jax.jit(lambda optimizer, theta: laid_out(optimizer.init(theta)), st
 
 @partial(jax.jit, static_argnames=("graphdef", "objective", "remat"), donate_argnames="gradient")
 def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollouts, objective, remat):
-    """Adds to `gradient` that of a microbatch's share of -J(theta), a sum over all N M B rollouts. Also for the log:
-    sums over its tokens, and the largest ratio."""
+    """Adds to `gradient` that of a microbatch's share of -(J - beta KL), a sum over all N M B rollouts. Also for the
+    log: sums over its tokens, of which `rl_update` makes means, and the largest ratio."""
     mask = batch["mask"]  # [B, T]: 1 where the target is a response token
     total = lambda x: jnp.sum(jnp.where(mask, x, 0.0))
 
@@ -795,7 +804,7 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
 
 
 def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
-    """Padded batches of at most about max_tokens tokens, in few distinct shapes. Exact for any order and any split.
+    """Yields padded batches (`pack`) of at most about max_tokens tokens, in few shapes. Exact for any order and split.
 
     A row is a response, preceded by the last prompt token; the rest of a prompt is in the batch once for all its rows.
     A batch holds responses of one length, in powers of two, prompt by prompt.
@@ -1021,9 +1030,9 @@ def admit(decoder: Decoder, queue) -> None:
             prompts = {row.group: (row.prompt[:-1], 0) for row in queue if not row.response.tokens}
             length = cache_length(decoder.policy, len(queue[0].prompt) - 1)
             fit = list(itertools.takewhile(lambda part: len(part[0]) <= length, prompts.values()))
-            P = row_count(len(fit), max(1, PIECE // length), 1)
-            keys_values = prefill(*decoder.weights[:3], *padded(fit[:P], P, length))
-            decoder.prefix = list(prompts)[: len(fit[:P])], keys_values
+            n = row_count(len(fit), max(1, PIECE // length), 1)
+            keys_values = prefill(*decoder.weights[:3], *padded(fit[:n], n, length))
+            decoder.prefix = list(prompts)[: len(fit[:n])], keys_values
 
 
 def feed(decoder: Decoder) -> None:
@@ -1078,7 +1087,7 @@ def bucket(n: int, least: int = 128) -> int:
 
 
 def row_count(needed: int, most: int, multiple: int, step: int = 4) -> int:
-    """1, 8, 32, 128, … rows for `needed` of them, at most `most`, then rounded up to be divisible among the devices."""
+    """1, 8, 8 step, … rows for `needed` of them, at most `most`, then rounded up to be divisible among the devices."""
     rows = min(most, 1 if needed == 1 else 8 * step ** max(0, math.ceil(math.log(max(needed, 1) / 8, step))))
     return -(-rows // multiple) * multiple
 
@@ -1125,18 +1134,18 @@ def write_prefix(cache, prefix, source_B, cfg):
 
 
 @partial(jax.jit, static_argnames=("cfg", "length"))  # not donated: no buffer has the new shape
-def resize_layer(layer, row_DR, cfg, length):
+def resize_layer(layer, row_ZR, cfg, length):
     """A layer's cache with only these rows (None: all), and room for `length` tokens in each."""
     def resized(x):
-        x = x if row_DR is None else take_rows(x, row_DR)
+        x = x if row_ZR is None else take_rows(x, row_ZR)
         return constrain(jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))), *cache_spec(cfg))
     return jax.tree.map(resized, layer)
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def extend(graphdef, theta, frozen, layers, cache, row_DR, token_BT, position_BT):
+def extend(graphdef, theta, frozen, layers, cache, row_ZR, token_BT, position_BT):
     """The cache with more tokens in some of its rows, which see those before them. A row beyond the last is padding."""
-    return nnx.merge(graphdef, theta, frozen)(token_BT, position_BT, None, cache, layers, row_DR)[1]
+    return nnx.merge(graphdef, theta, frozen)(token_BT, position_BT, None, cache, layers, row_ZR)[1]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "top_p"), donate_argnames="cache",
@@ -1174,8 +1183,8 @@ def sample_token(key_B, logits_BV, temperature, top_p: float):
     """One token for each row and its log-probability, both [B], from the tempered (and cut) distribution; the most
     probable token if the temperature is 0.
 
-    First one of 64 blocks of neighbouring tokens is drawn by its probability, then one of its tokens: the same
-    distribution with 64 + V / 64 random numbers (Gumbel-max) instead of V. Devices that share V exchange little else.
+    First one of n blocks of neighbouring tokens is drawn by its probability, then one of its tokens: the same
+    distribution with n + V / n random numbers (Gumbel-max) instead of V. Devices that share V exchange little else.
     """
     draws = temperature > 0
     logits_BV = logits_BV / jnp.where(draws, temperature, 1.0)  # the policy IS the tempered distribution
@@ -1346,7 +1355,7 @@ class Block(nnx.Module):
         if cfg.post_norms:
             self.attention_post_norm, self.mlp_post_norm = RMSNorm(cfg, D), RMSNorm(cfg, D)
 
-    def __call__(self, x_BTD, cos, sin, position_BT, window, prefix=None, cache=None, row_DR=None):
+    def __call__(self, x_BTD, cos, sin, position_BT, window, prefix=None, cache=None, row_ZR=None):
         """The residual stream after this layer, and keys and values: the cache with the new ones, or these alone."""
         cfg, (B, T, _) = self.cfg, x_BTD.shape
         h = self.attention_norm(x_BTD)
@@ -1356,11 +1365,11 @@ class Block(nnx.Module):
         q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).swapaxes(1, 2), v.swapaxes(1, 2)
         key_position_BS, new = position_BT, (k, v)
         if cache is not None:
-            all_DR = jnp.broadcast_to(jnp.arange(B // (D := row_shards(cfg, B))), (D, B // D))
+            all_ZR = jnp.broadcast_to(jnp.arange(B // (Z := row_shards(cfg, B))), (Z, B // Z))
             fix = lambda x: constrain(x, *cache_spec(cfg))  # all of them, or the compiler moves the cache in each step
-            new = tuple(fix(write_tokens(fix(old), fix(x), position_BT, all_DR if row_DR is None else row_DR))
+            new = tuple(fix(write_tokens(fix(old), fix(x), position_BT, all_ZR if row_ZR is None else row_ZR))
                         for old, x in zip(cache, new))
-            k, v = new if row_DR is None else (take_rows(x, row_DR) for x in new)
+            k, v = new if row_ZR is None else (take_rows(x, row_ZR) for x in new)
             key_position_BS = jnp.broadcast_to(jnp.arange(k.shape[2]), (B, k.shape[2]))
         elif prefix is not None:
             k, v = (jnp.concatenate(x, 2) for x in zip(prefix[:2], new))
@@ -1372,20 +1381,20 @@ class Block(nnx.Module):
         return x_BTD + (self.mlp_post_norm(h) if cfg.post_norms else h), new
 
 
-def take_rows(x, row_DR):
-    """[D * R, …] of x [D * rows, …]: D shards give R of their own rows each, so that nothing is sent."""
-    D, R = row_DR.shape
-    taken = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x.reshape(D, -1, *x.shape[1:]), row_DR)
-    return taken.reshape(D * R, *x.shape[1:])
+def take_rows(x, row_ZR):
+    """[Z * R, …] of x [Z * rows, …]: Z shards give R of their own rows each, so that nothing is sent."""
+    Z, R = row_ZR.shape
+    taken = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x.reshape(Z, -1, *x.shape[1:]), row_ZR)
+    return taken.reshape(Z * R, *x.shape[1:])
 
 
-def write_tokens(cache_BKSH, x_RKTH, position_RT, row_DR):
-    """The cache with tokens at their positions in these rows of each of D shards. What lies beyond it is dropped."""
+def write_tokens(cache_BKSH, x_RKTH, position_RT, row_ZR):
+    """The cache with tokens at their positions in these rows of each of Z shards. What lies beyond it is dropped."""
     def write(cache, x, position, row):
         return cache.at[row[:, None, None], jnp.arange(x.shape[1])[:, None], position[:, None]].set(x, mode="drop")
 
-    apart = [x.reshape(len(row_DR), -1, *x.shape[1:]) for x in (cache_BKSH, x_RKTH, position_RT)]
-    return jax.vmap(write)(*apart, row_DR).reshape(cache_BKSH.shape)
+    apart = [x.reshape(len(row_ZR), -1, *x.shape[1:]) for x in (cache_BKSH, x_RKTH, position_RT)]
+    return jax.vmap(write)(*apart, row_ZR).reshape(cache_BKSH.shape)
 
 
 class Transformer(nnx.Module):
@@ -1401,14 +1410,14 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(cfg, cfg.model_dim)
         self.layers = nnx.split_rngs(splits=cfg.num_layers)(nnx.vmap(lambda r: Block(cfg, r)))(rngs)
 
-    def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, row_DR=None, remat=""):
+    def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, row_ZR=None, remat=""):
         """Final hidden states [B, T, D], and these tokens' keys and values, stacked: [L, B, K, T, H].
 
         Padding, left or right, is any token at PAD_POSITION. Queries see the given tokens and either of
           prefix: (what an earlier call on prompts returned, their positions [prompts, S], the prompt of each row,
             counted within its shard [shards, rows]);
           cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned.
-            row_DR: only these of its rows, counted within their shard, are in the batch. The layers, as `unstack`
+            row_ZR: only these of its rows, counted within their shard, are in the batch. The layers, as `unstack`
             returned them, are called in a loop: a scan would copy each one's weights and cache in every step.
         remat: the backward pass computes again nothing (""), all of a layer ("layer"), or all but its linear maps.
         """
@@ -1420,16 +1429,16 @@ class Transformer(nnx.Module):
         if cache is not None:
             keys_values = []
             for block, rope, window, old in zip(layers, cfg.layer_rope, cfg.layer_window, cache):
-                x_BTD, new = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old, row_DR=row_DR)
+                x_BTD, new = block(x_BTD, cos[rope], sin[rope], position_BT, window, cache=old, row_ZR=row_ZR)
                 x_BTD = spread(x_BTD)
                 keys_values.append(new)
             return self.final_norm(x_BTD), keys_values
         graphdef, weights = nnx.split(self.layers)
-        keys_values, prefix_position, owner_DR = prefix or (None, None, None)
+        keys_values, prefix_position, owner_ZR = prefix or (None, None, None)
 
         def layer(x_BTD, xs):
             weights, rope, window, old = xs
-            before = old and tuple(take_rows(x, owner_DR) for x in (*old, prefix_position))  # of prompts -> of rows
+            before = old and tuple(take_rows(x, owner_ZR) for x in (*old, prefix_position))  # of prompts -> of rows
             x_BTD, new = nnx.merge(graphdef, weights)(x_BTD, cos[rope], sin[rope], position_BT, window, before)
             return spread(x_BTD), new
 
@@ -1497,7 +1506,7 @@ def fit_spec(spec, shape, mesh) -> P:
 
 
 def row_shards(cfg: ModelConfig, rows: int = 0) -> int:
-    """The parts into which so many rows of a cache are split on the current mesh."""
+    """The parts into which so many rows of a cache (0: as many as it takes) are split on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or cfg.split_length else math.gcd(rows, mesh.shape["data"])
 
@@ -2089,7 +2098,7 @@ MATH_VERIFY_SOURCE = inspect.getsource(math_verify_process)  # now: this file ma
 # 9. A run: its reflection model and evaluations, its files, its screen, and the program
 # ======================================================================================================================
 
-REPORT = Path(__file__).with_name("tools") / "report.py"  # draws curves.png and tree.png; a run does without it
+TOOLS = Path(__file__).with_name("tools")  # what the method can do without; each script is loaded where it is called for
 HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
 
 
@@ -2173,7 +2182,7 @@ class Run:
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
     phase: str = "load"                                   # in which it failed
-    finished: int = -1                                    # the iteration after which this is the state; -1: between two
+    finished: int = -1                                    # iteration after which this is the state; -1: none, or in one
     tokens: Counter = field(default_factory=Counter)      # sampled in it: rollouts, reflections, evaluation
     reflector_tokens: int = 0                             # in and out of --reflector URL in the whole run
 
@@ -2202,15 +2211,19 @@ class Run:
 
 
 def from_tools(name: str) -> SimpleNamespace:
-    """The functions of tools/NAME.py: what the method can do without is loaded only if a flag asks for it."""
-    path = Path(__file__).with_name("tools") / f"{name}.py"
-    with explained(f"cannot load {path}", "get the folder tools/"):
-        return SimpleNamespace(**runpy.run_path(str(path)))
+    """The functions of tools/NAME.py."""
+    with explained(f"cannot load {TOOLS / name}.py", "get the folder tools/"):
+        return SimpleNamespace(**runpy.run_path(f"{TOOLS / name}.py"))
+
+
+def draw(run: Run) -> None:
+    """curves.png, tree.png, tree.svg."""
+    from_tools("report").draw(run.directory)
 
 
 @contextlib.contextmanager
 def timed(run: Run, phase: str):
-    """Adds the seconds of a `with` block to run.seconds[phase]."""
+    """Adds the seconds of a `with` block to run.seconds[phase]; run.phase is the phase that failed."""
     start = time.perf_counter()
     try:
         yield
@@ -2365,7 +2378,7 @@ def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) ->
         name = max(slots, key=lambda n: len(slots[n]))
         keep, text, note = int(0.45 * len(slots[name]) * limit / len(ids)), slots[name], "\n[… cut …]\n"
         if keep < 1 or 2 * keep + len(note) >= len(text):
-            raise ValueError(f"a request does not fit into {limit} tokens")
+            raise NoChild(f"a request does not fit into {limit} tokens")
         slots = slots | {name: text[:keep] + note + text[-keep:]}
     return ids
 
@@ -2373,7 +2386,8 @@ def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) ->
 def tested_prompt(run: Run) -> SystemPrompt:
     """The prompt that is evaluated; neither validation nor test scores have a say."""
     c, pool = run.config, run.population[-run.config.max_pool_size:]
-    if c.test_prompt == "latest" or c.mode == "reflection" or c.num_prompts == 1:  # alone, no prompt is ever rated
+    unrated = c.mode == "rl" and all(s.sigma >= 25 / 3 for s in pool)  # as reflection left them: alone, none is rated
+    if c.test_prompt == "latest" or c.mode == "reflection" or c.num_prompts == 1 or unrated:
         return pool[-1]
     return max(pool, key=lambda s: (s.mu - c.ucb_lambda * s.sigma, bool(s.history), s.id))  # of equals who competed
 
@@ -2387,28 +2401,6 @@ def score(run: Run, s: SystemPrompt, problems: list[Problem], split: str, iterat
         f"pass@{k}": [chance(g, k) for g in groups] for k in sorted({n} | {2**i for i in range(n.bit_length())})}
 
 
-def make_table(run: Run, iteration: int, s: SystemPrompt, scores: dict[str, list[float]]) -> dict[str, dict]:
-    """{measure: {cell or gain: [mean, low, high]}} on the test set: weights before and after training x root and tested
-    prompt s, with 95 % bootstrap intervals over the problems. scores: of the last cell, which is known. Cells that are
-    equal by construction (frozen weights; s is the root) are there once."""
-    trained, found = run.config.mode in ("espl", "rl") and iteration > 0, {}
-    for w in ("before", "after")[: 1 + trained]:
-        for p in (run.population[0], s)[: 1 + (s.id > 0)]:
-            known = p is s and (w == "after") == trained
-            if known or run.config.table:  # without, tools/evaluate.py wants the last cell alone
-                values = scores if known else score(run, p, run.task.test, f"test_{w}", iteration)
-                found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
-    gains = {"prompt alone": ("before, best", "before, root"), "weights alone": ("after, root", "before, root"),
-             "both": ("after, best", "before, root"), "interaction": ("both", "prompt alone", "weights alone")}
-    for gain, (whole, *parts) in gains.items():
-        if {whole, *parts} <= found.keys():
-            found[gain] = found[whole] - sum(found[part] for part in parts)
-    x, rng = np.array(list(found.values())), np.random.default_rng(0)  # one draw of problems for all cells: paired
-    means = [x[:, :, rng.integers(x.shape[2], size=x.shape[2])].mean(2) for _ in range(2000)]
-    stats = np.stack([x.mean(2), *np.quantile(means, (0.025, 0.975), axis=0)], -1).tolist()
-    return {measure: {name: row[i] for name, row in zip(found, stats)} for i, measure in enumerate(scores)}
-
-
 def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
     """Score the tested prompt with pi_theta, and the 2 x 2 table if asked; keep the weights if validation is best."""
     s = tested_prompt(run)
@@ -2420,8 +2412,8 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
             s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
     if run.config.test_greedy:
         result["test_greedy"] = float(np.mean(score(run, s, run.task.test, "test_greedy", iteration)["reward"]))
-    if table:
-        result["table"] = make_table(run, iteration, s, scores)
+    if table and TOOLS.is_dir():
+        result["table"] = from_tools("evaluate").make_table(run, iteration, s, scores)
     run.evaluations.append(result)
     if "val" in result and max(run.evaluations, key=lambda e: e["val"]) is result:  # the first of equals
         save_checkpoint(run, iteration, "best", keep=1)
@@ -2506,6 +2498,9 @@ def resumed_and_saved(run: Run):
     if run.config.resume:
         with checkpoint_manager(run, "checkpoints", keep=2) as manager:
             run.finished = restore_checkpoint(run, manager)
+        with checkpoint_manager(run, "best", keep=1) as manager:
+            for step in [step for step in manager.all_steps() if step > run.finished]:  # of what is done again
+                manager.delete(step)
     try:
         yield
     finally:
@@ -2544,8 +2539,8 @@ def write_logs(run: Run, m: dict) -> None:
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
         slow = "test" in m and sum(run.seconds.values()) > 10
-        if REPORT.is_file() and (slow or m["iteration"] == last_iteration(run)):
-            runpy.run_path(str(REPORT))["draw"](run.directory)
+        if TOOLS.is_dir() and (slow or m["iteration"] == last_iteration(run)):
+            draw(run)
         if run.tracker:
             run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
     except Exception as e:
@@ -2612,20 +2607,6 @@ def summary(evaluations: list[dict]) -> dict[str, dict]:
     return {"base model": first, "final": final, "mean of last 5": mean} | picked  # the first of equals
 
 
-def table_text(table: dict[str, dict], prompt: int, measure: str) -> str:
-    """One measure of `make_table`'s table, as on the screen."""
-    titles = {"root": "root prompt", "best": f"prompt {prompt}"}
-    prompts = dict.fromkeys(name.partition(", ")[2] for name in table[measure])
-    head = "".join(titles[p].rjust(28) for p in prompts if p)
-    rows = {f"{measure} (95 % interval over problems)": head}
-    for name, values in table[measure].items():
-        weights, cell, _ = name.partition(", ")
-        title = f"weights {weights} training" if cell else f"gain: {name}"
-        form = "{:.3f} ({:.3f} to {:.3f})" if cell else "{:+.3f} ({:+.3f} to {:+.3f})"
-        rows[title] = rows.get(title, "") + form.format(*values).rjust(28)
-    return "\n".join(title.ljust(42) + cells for title, cells in rows.items())
-
-
 def closing_report(run: Run) -> str:
     """What a run ends with: the scores on the test set, the tested prompt, and where the files are."""
     c, s = run.config, tested_prompt(run)
@@ -2636,7 +2617,7 @@ def closing_report(run: Run) -> str:
         name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
         lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
     if table := run.evaluations[-1].get("table"):
-        lines += ["", table_text(table, s.id, "reward")]
+        lines += ["", from_tools("evaluate").table_text(table, s.id, "reward")]
     return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}",
                       re.sub("^", "    ", listing(numbered(s.principles)), flags=re.M), "", f"files: {run.directory}"])
 
@@ -2683,7 +2664,7 @@ def parse_args(argv: list[str]) -> Config:
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
         stop(f"unknown {unknown[0]}" + "".join(f", did you mean {name}?" for name in near))
     given = vars(given)
-    if given.get("rating") == "last" and not saved:
+    if (defaults | given)["rating"] == "last" and not saved and "ucb_lambda" not in own.get("DEFAULTS", {}):
         defaults["ucb_lambda"] = 0.0
     for name, f in fields.items():
         value, m = (defaults | given)[f.name], f.metadata

@@ -75,6 +75,19 @@ from transformers import PreTrainedTokenizerFast
 import espl
 
 
+ROOT = Path(espl.__file__).parent
+
+
+def load_tool(name):
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+TABLES = load_tool("evaluate")
+
+
 def make_mesh(data=1, model=1):
     auto = (jax.sharding.AxisType.Auto,) * 2
     return jax.make_mesh((data, model), ("data", "model"), axis_types=auto, devices=jax.devices()[: data * model])
@@ -999,12 +1012,13 @@ def test_a_prompt_is_computed_once_for_all_its_responses(lora_rank):
     [batch] = espl.microbatches(samples, 17 * (32 + 64 // 4), 1)
     assert batch["prompt"].shape == (5, 64) and batch["token"].shape == (17, 32)
     together, m = gradient(policy, samples)
-    alone, scale = sum(gradient(policy, [s])[0] for s in samples), abs(together).max()
+    alone, scale, seen = sum(gradient(policy, [s])[0] for s in samples), abs(together).max(), []
     np.testing.assert_allclose(together, alone, atol=1e-5 * scale)
     for remat in ("", "layer"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(espl, "cheapest_remat", lambda *_: remat)
+            patch.setattr(espl, "cheapest_remat", lambda cfg, mesh, tokens: seen.append(tokens) or remat)
             np.testing.assert_allclose(gradient(policy, samples)[0], together, atol=1e-5 * scale)
+    assert len(set(seen)) == 1 and 30 < seen[0] < 2048  # tokens that there are, not those that a microbatch may have
     assert espl.cheapest_remat(policy.cfg, policy.mesh, 10**4) == "linear"
     assert espl.cheapest_remat(policy.cfg, policy.mesh, 10**10) == "layer"
 
@@ -1991,10 +2005,12 @@ def test_winner_gains_loser_falls():
     assert a.sigma == b.sigma == pytest.approx(7.171, abs=1e-3)
 
 
-def test_rating_by_the_last_value():
+def test_rating_by_the_last_value(tmp_path):
     config = espl.parse_args(["--task", "glyphs", "--rating", "last"])
     assert config.ucb_lambda == 0 and espl.parse_args(["--task", "glyphs"]).ucb_lambda == 2
     assert espl.parse_args(["--task", "glyphs", "--rating", "last", "--ucb-lambda", "1"]).ucb_lambda == 1
+    for defaults, ucb_lambda in ({"rating": "last"}, 0), ({"rating": "last", "ucb_lambda": 0.5}, 0.5):
+        assert espl.parse_args(["--task", str(task(tmp_path, f"DEFAULTS = {defaults}"))]).ucb_lambda == ucb_lambda
     population = population_of((25, 8), (25, 4), (25, 2))
     for n, values in enumerate([(0.9, 0.1, 0.2), (0.3, 0.6, 0.5)], 1):
         espl.update_ratings(population, values, n, config.rating)
@@ -2089,7 +2105,7 @@ FENCE = f"```json\n[{ADD}]\n```"
     (f'[{ADD}, {{"operation": "add", "n": {"9" * 5000}}}]', ["x"]),
     ("[]", []), ("```json\n[]\n```", []), ("Nothing should change: [ ]\n", []), ("So **[]**.", []),
     ("<think>hm</think>\n[]", []), (FENCE + "\nNo: []", ["x"]),
-    ("", None), ("Nothing should change.", None), ("We need [] to hold elements.", None), ("x = []", None),
+    ("", None), ("Nothing should change.", None), ("We need [] to hold elements.", None), ("x = []", None), ("so x=[]", None),
     ("[{'operation': 'add', 'principle': 'x'}]", None), ('[{"principle": "x"}]', None), ('["add", 1, null]', None),
     (f"<think>{FENCE}</think>No change.", None), (f"<think>{FENCE}", None), (f"{FENCE}<think>but", None),
 ])
@@ -2295,7 +2311,7 @@ def mutation_of(ask, groups=GROUPS, texts={}, **flags):
 
 def test_mutation_summarises_criticises_aggregates_applies():
     ask = Script(
-        summarize=["sum a0", "sum a1", "sum c0", "sum c1"],
+        summarize=["sum a0", "sum a1", "sum c0", ""],
         critique=[reply_of(add("add 0"), add("add 1"), add("beyond K_ops")),
                   reply_of(modify("G7", "bad"), merge(["G0", "G1"]),
                               modify("G1", "better one"), add("add c"))],
@@ -2303,7 +2319,7 @@ def test_mutation_summarises_criticises_aggregates_applies():
                                modify("G1", "better one"))])
     child, reflection = mutation_of(ask)
     assert child == ["zero and c", "better one", "add 0", "add 1"] and reflection.unread == 0
-    assert +reflection.dropped == {"beyond K_ops": 1, "unknown id": 1, "unknown operation": 2}
+    assert +reflection.dropped == {"beyond K_ops": 1, "unknown id": 1, "unknown operation": 2, "empty summary": 1}
     assert [r for r, _ in ask.asked] == ["summarize"] * 4 + ["critique"] * 2 + ["aggregate"]
     listed = "[G0] zero\n[G1] one"
     assert ask.requests("summarize") == [
@@ -2312,7 +2328,7 @@ def test_mutation_summarises_criticises_aggregates_applies():
     assert ask.requests("critique") == [
         dict(problem=f"question {x}", answer=f"truth-{x}", principles=listed, max_operations="2", attempts=attempts)
         for x, attempts in (("a", "Attempt 1 (correct):\nsum a0\n\nAttempt 2 (wrong):\nsum a1"),
-                            ("c", "Attempt 1 (wrong, reward -0.1):\nsum c0\n\nAttempt 2 (correct):\nsum c1"))]
+                            ("c", "Attempt 1 (wrong, reward -0.1):\nsum c0\n\nAttempt 2 (correct):\n(no summary)"))]
     assert ask.requests("aggregate") == [
         dict(principles=listed + "\n[C0] add 0\n[C1] add 1\n[C2] add c", suggestions="[G1] -> better one")]
 
@@ -2465,7 +2481,9 @@ def test_the_table_is_brute_force_arithmetic_over_its_cells(mode, tested, traine
     monkeypatch.setattr(espl, "sample_groups", sample_groups)
     population = population_of((25, 8), (25, 1))[: tested + 1]
     run = SimpleNamespace(config=espl.Config(mode=mode, test_samples=4), population=population, evaluations=[],
-                          task=SimpleNamespace(val=[], test=[espl.Problem(str(i), "", ()) for i in range(40)]))
+                          task=SimpleNamespace(val=[], test=[espl.Problem(str(i), "", ()) for i in range(40)]),
+                          policy=SimpleNamespace(theta_ref=[jnp.ones(3)], theta=[jnp.ones(3).at[1].add(
+                              1e-7 * (trained and mode != "evolution"))]))
     result = espl.evaluate(run, int(trained), table=True)
     table, weights = result["table"], ["before", "after"][: 1 + (mode != "evolution" and trained)]
     names = [f"{w}, {p}" for w in weights for p in ["root", "best"][: 1 + tested]]
@@ -2490,7 +2508,7 @@ def test_the_table_is_brute_force_arithmetic_over_its_cells(mode, tested, traine
             assert mean == pytest.approx(x.mean())
             assert [low, high] == pytest.approx(list(interval.confidence_interval), abs=0.026)
     assert result["test"] == table["reward"][names[-1]][0]
-    text = espl.table_text(table, 7, "pass@2").split("\n")
+    text = TABLES.table_text(table, 7, "pass@2").split("\n")
     assert len(text) == 1 + len(weights) + len(expected) - len(names)
     assert "root prompt" in text[0] and ("prompt 7" in text[0]) == bool(tested)
     shown = [float(x) for line in text[1:] for x in re.findall(r"[+-]?\d\.\d{3}", line)]
@@ -2897,7 +2915,7 @@ def test_the_last_line_has_the_table_of_the_rollouts(run_of, mode):
         split, prompt = "test" if name == cells[-1] else f"test_{w}", tested if p == "best" else 0
         rewards = [r["reward"] for r in rollouts if (r["split"], r["prompt"], r["iteration"]) == (split, prompt, 3)]
         assert len(rewards) == 6 and table["reward"][name][0] == pytest.approx(np.mean(rewards))
-    assert f"\n{espl.table_text(table, tested, 'reward')}\n" in espl.closing_report(run_of(mode))
+    assert f"\n{TABLES.table_text(table, tested, 'reward')}\n" in espl.closing_report(run_of(mode))
 
 
 def test_cells_of_the_table_share_their_seeds_and_differ_in_weights(run_of):
@@ -2918,7 +2936,7 @@ def contents(directory):
 
 def evaluation(capsys, *args):
     """The directory of one by tools/evaluate.py, its line of metrics.jsonl, its rollouts, and what it printed."""
-    assert load_tool("evaluate").main([str(a) for a in args]) == 0
+    assert TABLES.main([str(a) for a in args]) == 0
     printed = capsys.readouterr().out
     run = SimpleNamespace(directory=Path(re.findall("^files: (.*)$", printed, re.M)[-1]))
     [m] = metrics(run)
@@ -2930,7 +2948,7 @@ def test_evaluation_of_a_run(world, run_of, tmp_path, capsys):
     run = run_of("espl")
     before, last = contents(run.directory), metrics(run)[-1]
     _, m, _, printed = evaluation(capsys, run.directory, "--run-dir", tmp_path / "again")
-    assert m["table"] == last["table"] and espl.table_text(m["table"], last["prompt"], "pass@2") in printed
+    assert m["table"] == last["table"] and TABLES.table_text(m["table"], last["prompt"], "pass@2") in printed
     other = file(tmp_path, *({"problem": f"problem w{i}", "answer": i % 4} for i in range(5)))
     _, m, rollouts, _ = evaluation(capsys, run.directory, "--run-dir", tmp_path / "more", "--test-file", other,
                                    "--test-prompt", "latest", "--test-samples", 5, "--temperature", 0.8,
@@ -2949,7 +2967,7 @@ def test_evaluation_of_a_run(world, run_of, tmp_path, capsys):
                                    "latest")
     cell = m["table"]["reward"]
     assert list(cell) == ["after, best"] and len(rollouts) == 6
-    assert espl.table_text({"reward": cell}, latest, "reward").split("\n")[0].split()[-2:] == ["prompt", str(latest)]
+    assert TABLES.table_text({"reward": cell}, latest, "reward").split("\n")[0].split()[-2:] == ["prompt", str(latest)]
     directory, m, _, _ = evaluation(capsys, run.directory, "--best")               # by default in RUN/eval-<time>
     picked, after = espl.summary(run.evaluations)["picked by validation"], contents(run.directory)
     assert (m["iteration"], m["prompt"], m["test"]) == tuple(picked[k] for k in ("iteration", "prompt", "test"))
@@ -2974,7 +2992,7 @@ def test_evaluation_of_a_model(world, tmp_path, capsys):
     (["--resume", "x"], "cannot")])
 def test_bad_evaluation(run_of, tmp_path, capsys, more, message):
     shutil.copy(run_of("rl").directory / "config.json", tmp_path)
-    assert load_tool("evaluate").main([str(a) for a in [tmp_path, *more]]) == 2
+    assert TABLES.main([str(a) for a in [tmp_path, *more]]) == 2
     assert re.search(f"evaluate: error: .*{message}.*\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -3254,7 +3272,7 @@ def full_disk(*_, **__):
 
 
 @pytest.mark.parametrize("part, warning", [
-    ("runpy", "it broke"), ("open", "No space left"), ("subprocess", "answers not graded")])
+    ("draw", "it broke"), ("open", "No space left"), ("subprocess", "answers not graded")])
 def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     generate = espl.generate
 
@@ -3264,11 +3282,12 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     patches = {"open": dict(open=full_disk),
                "subprocess": dict(readings=lambda text: [f"{text}x"], subprocess=SimpleNamespace(
                    run=full_disk, TimeoutExpired=subprocess.TimeoutExpired)),
-               "runpy": dict(runpy=SimpleNamespace(run_path=fail), generate=reflecting_fails)}
+               "draw": dict(draw=fail, generate=reflecting_fails)}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
     assert warning in error and "badly" not in error and run.population[0].history
-    if part == "runpy":
+    if part == "draw":
         assert metrics(run)[1]["no_child"]["mutation"] == "failed: it broke" and len(prompts_of(run)) == 1
+        assert "warning: mutation failed: it broke; its traceback is in reflections.jsonl" in error
     if part == "subprocess":
         assert metrics(run)[1]["outcomes"]["error"] > 0
 
@@ -3729,8 +3748,34 @@ def test_bad_resume(world, run_of, tmp_path, capsys):
                           ([run.directory, "--batch-size", 5], "--batch-size cannot change")):
         assert espl.main([str(a) for a in ["--resume", *argv]]) == 2
         assert re.fullmatch(rf"espl: error: .*{message}.*\n", capsys.readouterr().err)
-    again = play(["--resume", run.directory, "--iterations", 3, "--batch-size", 4])  # the same, and nothing left to do
-    assert equal(again.policy.theta, run.policy.theta) and metrics(again) == metrics(run)
+    shutil.copytree(run.directory, tmp_path / "run")
+    [best] = (tmp_path / "run" / "best").glob("[0-9]")
+    best.rename(best.with_name("9"))                              # of an iteration that the checkpoint knows nothing of
+    again = play(["--resume", tmp_path / "run", "--iterations", 3, "--batch-size", 4])  # the same; nothing left to do
+    assert not best.with_name("9").exists() and equal(again.policy.theta, run.policy.theta) and metrics(again) == metrics(run)
+
+
+@pytest.mark.parametrize("first, second", [("rl", "evolution"), ("evolution", "rl"), ("reflection", "rl")])
+def test_a_run_goes_on_in_another_mode(world, run_of, tmp_path, first, second):
+    """What the first mode left is the second's start, weights or prompts that it does not teach stay as they are, and
+    the table asks what was learned in the whole run, not in the last mode."""
+    before = run_of(first)
+    shutil.copytree(before.directory, tmp_path / "run")
+    after = play(["--resume", tmp_path / "run", "--mode", second, "--iterations", 5], draw=lambda run: None)
+    assert metrics(after)[:4] == metrics(before) and len(metrics(after)) == 6
+    learned = equal(after.policy.theta, before.policy.theta), equal(after.trainer.opt_state, before.trainer.opt_state)
+    assert learned == ((second == "evolution"),) * 2 and not equal(after.policy.theta, after.policy.theta_ref)
+    rollouts = [r for r in read_lines(after, "rollouts.jsonl") if r["split"] == "train" and r["iteration"] > 3]
+    assert len(rollouts) == 2 * 3 * 4 * 5                                           # M B N in every mode
+    rated = lambda prompts: [s | {"scores": 0} for s in prompts]
+    if second == "rl":  # rollouts and evaluation are of one prompt: the best or, where none was rated, the newest
+        tested = metrics(before)[-1]["prompt"]
+        assert rated(prompts_of(after)) == rated(prompts_of(before)) and tested > 0
+        assert {r["prompt"] for r in rollouts} == {metrics(after)[-1]["prompt"]} == {tested}
+    else:
+        assert len(prompts_of(after)) > 1 == len(prompts_of(before)) and metrics(after)[-1]["prompt"] > 0
+    cells = [name for name in metrics(after)[-1]["table"]["reward"] if ", " in name]
+    assert cells == ["before, root", "before, best", "after, root", "after, best"]
 
 
 def test_long_problems_are_left_out(world, tmp_path, capsys):
@@ -3891,7 +3936,7 @@ def test_fit_request_cuts_the_middle_with_a_note(chat, monkeypatch):
     assert words[:3] == ["w1", "w2", "w2"] and words[-4:] == ["w2", "w3", "w4", "w9"]
     assert "[… cut …]" in " ".join(words) and 30 < len(words) <= 50
     for template in ("w1 " * 60 + "{a}", "w1 " * 60):
-        with pytest.raises(ValueError, match="does not fit into 50"):
+        with pytest.raises(espl.NoChild, match="does not fit into 50"):
             espl.fit_request(chat, template, {"a": "w2 " * 100}, 50)
 
 
@@ -3930,7 +3975,7 @@ def test_stop_tokens(tmp_path, files, expected):
 
 @pytest.mark.parametrize("changes, expected", [
     ({}, 0), (dict(ucb_lambda=0.0), 1), (dict(test_prompt="latest"), 2), (dict(mode="reflection"), 2),
-    (dict(num_prompts=1), 2)])
+    (dict(mode="rl"), 0), (dict(num_prompts=1), 2)])
 def test_tested_prompt_is_the_surest_one_or_the_latest(changes, expected):
     prompts = [espl.SystemPrompt(i, [], mu, sigma) for i, (mu, sigma) in enumerate([(25, 1), (30, 5), (24, 1)])]
     run = SimpleNamespace(config=espl.Config(**changes), population=prompts)
@@ -4111,15 +4156,6 @@ def test_evolution_with_a_tool(caller, tmp_path):
 # ======================================================================================================================
 # The embedded world: its task file, its lessons, its model, shipped and made anew
 # ======================================================================================================================
-
-ROOT = Path(espl.__file__).parent
-
-
-def load_tool(name):
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
 
 
 glyphs, pretraining = SimpleNamespace(**espl.task_file("glyphs")), load_tool("pretrain_glyphs")
@@ -4804,9 +4840,12 @@ def lab():
 def test_the_laboratorys_statistics(lab):
     rng = np.random.default_rng(0)
     b, d = rng.normal(size=40), rng.normal(0.3, 0.1, 40)
-    mean, low, high = map(float, re.fullmatch(r"(\S+) \| (\S+) to (\S+)", lab.difference(b + d, b)).groups())
+    numbers = lambda text: [float(x) for x in re.fullmatch(r"(\S+)" + r" \| (\S+) to (\S+)" * 2, text).groups()]
+    mean, *bootstrap_and_t = numbers(lab.difference(b + d, b))
     assert mean == pytest.approx(d.mean(), abs=1e-3)  # of many values: the mean and 1.96 standard errors
-    assert [low, high] == pytest.approx(d.mean() + np.array([-1.96, 1.96]) * 0.1 / 40**0.5, abs=0.01)
+    assert bootstrap_and_t == pytest.approx([d.mean() + z * 0.1 / 40**0.5 for z in (-1.96, 1.96)] * 2, abs=0.01)
+    assert numbers(lab.difference([1, 2, 6], [0, 0, 0]))[3:] == pytest.approx([-3.572, 9.572], abs=1e-3)  # 4.303 s/3^.5
+    assert lab.difference([1], [0]) == "+1.000 | +1.000 to +1.000 | -inf to +inf"
     curve = [dict(iteration=i, test=i / 100, test_greedy=0.5, val=v) for i, v in
              zip(range(0, 70, 10), (0.1, 0.5, 0.9, 0.2, 0.9, 0.1, 0.3))]
     assert {name: lab.read([curve, curve], name) for name in lab.READINGS} == {
@@ -4839,6 +4878,46 @@ def test_the_laboratorys_2_x_2_table(lab):
     assert text.endswith("0.250 +- 0.212 more than the sum of the two.")
 
 
+def test_the_laboratory_spends_equal_budgets(lab):
+    """What espl sampled, its reflections included, is what rl gets, in rollouts or in iterations."""
+    sampled = lambda *tokens, at=60: [{"iteration": at, "tokens": dict(zip(("rollouts", "reflections"), tokens))}]
+    rl, ours = sampled(800, 0), sampled(700, 300)
+    config = lambda: espl.Config(num_prompts=3, num_rollouts=5)
+    lab.spend(more := config(), lab.MORE, rl, ours)
+    lab.spend(longer := config(), lab.LONGER, rl, ours)
+    assert more == dataclasses.replace(config(), num_prompts=1, num_rollouts=19)       # at least 15 * 1000 / 800
+    assert longer == dataclasses.replace(config(), iterations=75)
+    order = list(lab.plan(SimpleNamespace(command="compare", perfect=True)).items())
+    assert {name for name, _ in order} == {*lab.MODES, lab.PERFECT} and dict(order)[lab.MORE] == ["--mode", "rl"]
+    assert [name for name, _ in order].index(lab.MORE) > [name for name, _ in order].index("espl")
+
+
+def test_the_laboratory_runs_one_mode_after_the_other(lab, world, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(espl, "start_run", lambda c: seen.append((c.mode, c.iterations, c.resume)) or
+                        SimpleNamespace(config=c, task=SimpleNamespace(train=[0] * 12)))
+    monkeypatch.setattr(espl, "train", lambda run: (tmp_path / "config.json").write_text(json.dumps(vars(run.config))))
+    given = flags(world, tmp_path, mode="rl", iterations=9)
+    assert lab.train(espl.parse_args(given), "evolution").config.mode == "evolution"
+    assert seen == [("rl", 9, ""), ("evolution", 9, str(tmp_path))]
+    assert json.loads((tmp_path / "config.json").read_text())["iterations"] == 9
+
+
+def test_the_laboratory_compares_models(lab):
+    rows = lab.plan(SimpleNamespace(command="models", settings=["here/one", "two/"]))
+    assert list(rows) == [f"{mode} of {name}" for name in ("one", "two") for mode in ("rl", "evolution", "espl")]
+    assert rows["evolution of two"] == ["--mode", "evolution", "--model", "two/"]
+    finals = dict(zip(rows, ((0.2, 0.4), (0.6, 0.6), (0.7, 0.5), (0.3, 0.3), (0.4, 0.4), (0.5, 0.7))))
+    curves = {name: [[{"iteration": 0, "test": 0.125}, {"iteration": 9, "test": x}] for x in xs]
+              for name, xs in finals.items()}
+    one, two = lab.models_table({"curves": curves}).split("\n")[2:]
+    assert one == "| `one` | 0.125 +- 0.000 | 0.300 +- 0.141 | 0.600 +- 0.000 | 0.600 +- 0.141 | 1 of 2 |"
+    assert two.endswith("| 0.600 +- 0.141 | 2 of 2 |")
+    for bad in ([], ["a/one", "b/one"]):
+        with pytest.raises(espl.UserError, match="different names"):
+            lab.plan(SimpleNamespace(command="models", settings=bad))
+
+
 def test_perfect_prompts_solve_every_problem(lab, tmp_path):
     """What the prompts file adds to the root prompt is what the seed's world means; the task's other texts stay."""
     for seed in (0, 3):
@@ -4854,16 +4933,16 @@ def test_tables_are_those_of_the_results(lab, tmp_path, monkeypatch):
     results = json.loads((ROOT / "docs" / "results.json").read_text())
     texts = {page: page.read_text() for page in lab.pages()}
     assert all(lab.readme(text, results) == text for text in texts.values())
-    assert "<!-- compare -->" in "".join(texts.values())
+    assert "<!-- scores -->" in "".join(texts.values())
     (tmp_path / "docs").mkdir()
     pages = [tmp_path / "README.md", tmp_path / "docs" / "results.md", tmp_path / "docs" / "speed.md"]
-    for page, name in zip(pages, ("compare", "ratings", "")):
+    for page, name in zip(pages, ("scores", "ratings", "")):
         page.write_text(f"text\n<!-- {name} -->\nold\n<!-- end -->\n" if name else "no table")
     shutil.copy(ROOT / "docs" / "results.json", tmp_path / "docs")
     monkeypatch.setattr(lab, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["lab.py", "readme"])
     assert lab.main() == 0
-    for page, name in zip(pages[:2], ("compare", "ratings")):
+    for page, name in zip(pages[:2], ("scores", "ratings")):
         section, make = lab.TABLES[name]
         assert page.read_text() == f"text\n<!-- {name} -->\n{make(results[section])}\n<!-- end -->\n"
     assert pages[2].read_text() == "no table"

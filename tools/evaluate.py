@@ -7,13 +7,16 @@
 
 Flags of espl.py may follow: with a RUN those of OPEN and those that --resume may change. Nothing in RUN is touched:
 config.json, rollouts.jsonl and a metrics.jsonl of one line go to RUN/eval-<time>/ (or --run-dir). Nothing is trained,
-and no training problems are needed. --no-table evaluates the last cell only, the run's weights with the tested prompt.
+and and no training problems are needed. --no-table evaluates the last cell only, the run's weights with the tested prompt.
+espl.py has the table made at the end of every run.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import espl  # noqa: E402
@@ -57,8 +60,44 @@ def evaluate(run: Path | None, best: bool, flags: list[str]) -> str:
     m = espl.evaluate(state, iteration, table=True)
     state.append("metrics.jsonl", [m | {"tokens": dict(state.tokens), "seconds": dict(state.seconds)}])
     head = f"iteration {iteration}: {c.test_samples} responses at T = {c.temperature:g} to each test problem"
-    tables = [espl.table_text(m["table"], m["prompt"], measure) for measure in m["table"]]
+    tables = [table_text(m["table"], m["prompt"], measure) for measure in m["table"]]
     return "\n\n".join([head, *tables, f"files: {state.directory}"])
+
+
+def make_table(run: espl.Run, iteration: int, s: espl.SystemPrompt, scores: dict[str, list[float]]) -> dict:
+    """{measure: {cell or gain: [mean, low, high]}} on the test set: weights before and after training x root and tested
+    prompt s, with 95 % bootstrap intervals over the problems. scores: of the last cell, which is known. Cells that are
+    equal by construction (frozen weights; s is the root) are there once."""
+    trained, found = int(espl.bit_sum(run.policy.theta) != espl.bit_sum(run.policy.theta_ref)), {}
+    for w in ("before", "after")[: 1 + trained]:
+        for p in (run.population[0], s)[: 1 + (s.id > 0)]:
+            known = p is s and (w == "after") == trained
+            if known or run.config.table:  # without, the last cell alone is wanted
+                values = scores if known else espl.score(run, p, run.task.test, f"test_{w}", iteration)
+                found[f"{w}, {'best' if p.id else 'root'}"] = np.array(list(values.values()))  # [measures, problems]
+    gains = {"prompt alone": ("before, best", "before, root"), "weights alone": ("after, root", "before, root"),
+             "both": ("after, best", "before, root"), "interaction": ("both", "prompt alone", "weights alone")}
+    for gain, (whole, *parts) in gains.items():
+        if {whole, *parts} <= found.keys():
+            found[gain] = found[whole] - sum(found[part] for part in parts)
+    x, rng = np.array(list(found.values())), np.random.default_rng(0)  # one draw of problems for all cells: paired
+    means = [x[:, :, rng.integers(x.shape[2], size=x.shape[2])].mean(2) for _ in range(2000)]
+    stats = np.stack([x.mean(2), *np.quantile(means, (0.025, 0.975), axis=0)], -1).tolist()
+    return {measure: {name: row[i] for name, row in zip(found, stats)} for i, measure in enumerate(scores)}
+
+
+def table_text(table: dict[str, dict], prompt: int, measure: str) -> str:
+    """One measure of `make_table`'s table, as on the screen."""
+    titles = {"root": "root prompt", "best": f"prompt {prompt}"}
+    prompts = dict.fromkeys(name.partition(", ")[2] for name in table[measure])
+    head = "".join(titles[p].rjust(28) for p in prompts if p)
+    rows = {f"{measure} (95 % interval over problems)": head}
+    for name, values in table[measure].items():
+        weights, cell, _ = name.partition(", ")
+        title = f"weights {weights} training" if cell else f"gain: {name}"
+        form = "{:.3f} ({:.3f} to {:.3f})" if cell else "{:+.3f} ({:+.3f} to {:+.3f})"
+        rows[title] = rows.get(title, "") + form.format(*values).rjust(28)
+    return "\n".join(title.ljust(42) + cells for title, cells in rows.items())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,38 +1,46 @@
 """The laboratory: the paper's comparison and its ablations, with seeds, spread and paired differences.
 
-    python tools/lab.py compare                            # base, rl, reflection, evolution, espl; five seeds
+    python tools/lab.py compare                            # all rows of MODES; five seeds
     python tools/lab.py compare --perfect                  # also under a root prompt that states every meaning
     python tools/lab.py vary selection=softmax,uniform     # espl with the values of one flag
     python tools/lab.py vary num_prompts=1,5 num_rollouts=15,3       # of several flags that change together
     python tools/lab.py ablations                          # all of ABLATIONS, half an hour
     python tools/lab.py ratings                            # does TrueSkill's mu predict the score on the test set?
+    python tools/lab.py models DIR DIR                     # rl, evolution and espl with each of these models
     python tools/lab.py readme                             # tables in README.md and docs/, from docs/results.json
 
 Flags of espl.py, given last, reach every run: --iterations 30 --lora-rank 8, or --task aime instead of the embedded
 world (tasks/glyphs.py). Runs are made one after the other in this process, so that programs are compiled once, in
 folders of --out; runs that are finished there are not repeated. What was measured is printed as Markdown tables and
 added to --results. A cell is the mean and standard deviation over the seeds. Differences are paired (same seed, so the
-same world), their intervals are 95 % bootstrap intervals over the seeds.
+same world), with 95 % intervals over the seeds: bootstrap, and t. Tokens are those sampled in training, by rollouts and
+by reflections; what is read, and evaluation, does not count.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import random
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
-import jax
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import espl  # noqa: E402
 
-MODES = {"rl": "weights alone (`--mode rl`)", "reflection": "prompts alone (`--mode reflection`)",
-         "evolution": "prompts alone (`--mode evolution`)", "espl": "**E-SPL: both**"}
+# The rows of compare. More rollouts, more iterations: so many that rl samples as many tokens as espl of that seed, its
+# reflections included. "A, then B": half of the iterations in mode A, the others in mode B (as in BetterTogether).
+MORE, LONGER = "rl, more rollouts", "rl, more iterations"
+MODES = {"rl": "weights alone (`--mode rl`)", MORE: "weights alone, more rollouts",
+         LONGER: "weights alone, more iterations", "reflection": "prompts alone (`--mode reflection`)",
+         "evolution": "prompts alone (`--mode evolution`)", "evolution, then rl": "prompts, then weights",
+         "rl, then evolution": "weights, then prompts", "espl": "**E-SPL: both**"}
 PERFECT = "rl under the perfect prompt"
 ABLATIONS = (  # the value that is left out is the default
     "p_crossover=0,1", "selection=softmax,uniform,ucb,lucb", "rating=last", "reflector=current",
@@ -61,17 +69,48 @@ def config_of(name: str, flags: list[str], seed: int, out: Path) -> espl.Config:
     return espl.parse_args([*flags, *prompts, "--seed", str(seed), "--run-dir", str(directory)])
 
 
-def finished_run(config: espl.Config) -> dict:
+def spend(config: espl.Config, name: str, rl: list[dict], ours: list[dict]) -> None:
+    """Let a run of rl (its curve: `rl`) sample at least as many tokens as espl did (`ours`), as row MORE or LONGER."""
+    times = sum(ours[-1]["tokens"].values()) / sum(rl[-1]["tokens"].values())
+    if name == LONGER:
+        config.iterations = math.ceil(times * rl[-1]["iteration"])
+    else:
+        config.num_prompts, config.num_rollouts = 1, math.ceil(times * config.num_prompts * config.num_rollouts)
+
+
+def train(config: espl.Config, then: str) -> espl.Run:
+    """A run; with `then`, the second half of its iterations in that mode."""
+    run = espl.start_run(config)
+    if then:
+        iterations = espl.last_iteration(run)
+        config.iterations = iterations // 2
+        espl.train(run)
+        resume = ["--resume", config.run_dir, "--mode", then, "--iterations", str(iterations)]
+        run = espl.start_run(espl.parse_args(resume))
+    espl.train(run)
+    return run
+
+
+def tokens_sampled(run: espl.Run) -> dict[int, dict[str, int]]:
+    """{iteration: tokens of rollouts and of reflections up to there}."""
+    total, found = Counter(rollouts=0, reflections=0), {}
+    for line in (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        m = json.loads(line)
+        total.update(m["tokens"])
+        found[m["iteration"]] = {k: total[k] for k in ("rollouts", "reflections")}
+    return found
+
+
+def finished_run(config: espl.Config, then: str = "") -> dict:
     """Evaluations and closing report of one run; from its directory if it is finished there."""
     path = Path(config.run_dir) / "finished.json"
     wanted = {k: v for k, v in vars(config).items() if k != "run_dir"}
     if path.is_file() and (done := json.loads(path.read_text()))["config"] == wanted:
         return done
     shutil.rmtree(config.run_dir, ignore_errors=True)
-    run = espl.start_run(config)
-    espl.train(run)
-    keep = ("iteration", "prompt", "val", "test", "test_greedy")
-    curve = [{k: e[k] for k in keep if k in e} for e in run.evaluations]
+    run = train(config, then)
+    keep, tokens = ("iteration", "prompt", "val", "test", "test_greedy"), tokens_sampled(run)
+    curve = [{k: e[k] for k in keep if k in e} | {"tokens": tokens[e["iteration"]]} for e in run.evaluations]
     for kept, e in zip(curve, run.evaluations):
         kept |= {"table": {name: mean for name, (mean, _, _) in e["table"]["reward"].items()}} if "table" in e else {}
     report = espl.closing_report(run).partition("\n\nfiles:")[0]
@@ -94,8 +133,14 @@ def settings(text: str) -> dict[str, list[str]]:
 def plan(args) -> dict[str, list[str]]:
     """{row: flags of espl.py} of a command"""
     if args.command == "compare":
-        rows = {mode: ["--mode", mode] for mode in MODES}
+        rows = {mode: ["--mode", mode.partition(",")[0]] for mode in sorted(MODES, key=(MORE, LONGER).__contains__)}
         return rows | ({PERFECT: ["--mode", "rl"]} if args.perfect else {})
+    if args.command == "models":
+        models = {Path(model).name: model for model in args.settings}
+        if not models or len(models) < len(args.settings):
+            raise espl.UserError("models takes directories of different names")
+        return {f"{mode} of {name}": ["--mode", mode, "--model", model]
+                for name, model in models.items() for mode in ("rl", "evolution", "espl")}
     if args.command == "ratings":
         return {mode: ["--mode", mode] for mode in ("espl", "evolution")}
     rows = {"espl": ["--mode", "espl"]}
@@ -128,11 +173,13 @@ def spread(values: list[float]) -> str:
 
 
 def difference(a: list[float], b: list[float], draws: int = 10_000) -> str:
-    """Mean of the paired differences a - b and its 95 % bootstrap interval."""
-    differences = np.subtract(a, b)
-    means = np.random.default_rng(0).choice(differences, (draws, len(a))).mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return f"{differences.mean():+.3f} | {low:+.3f} to {high:+.3f}"
+    """Mean of the paired differences a - b and its 95 % intervals, bootstrap and t."""
+    from scipy.stats import t
+    differences, n = np.subtract(a, b), len(a)
+    mean, means = differences.mean(), np.random.default_rng(0).choice(differences, (draws, n)).mean(1)
+    half = t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5 if n > 1 else np.inf
+    intervals = np.quantile(means, (0.025, 0.975)), (mean - half, mean + half)
+    return " | ".join([f"{mean:+.3f}", *(f"{low:+.3f} to {high:+.3f}" for low, high in intervals)])
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -146,27 +193,50 @@ def read(curves: list[list[dict]], reading: str) -> list[float]:
     return [espl.summary(curve)[row][key] for curve in curves]
 
 
-def compare_tables(section: dict) -> str:
-    """Scores of all modes, differences of espl to each, and the iterations that it needs for rl's final score."""
+def readings_of(curves: list[list[dict]]) -> list[str]:
+    """Those of READINGS that there are: greedy responses and validation are not always evaluated."""
+    found = espl.summary(curves[0])
+    return [r for r, (row, key) in READINGS.items() if key in found.get(row, ())]
+
+
+def compared(section: dict) -> dict[str, list[list[dict]]]:
+    """{title: curves} of a comparison's rows, as they are shown."""
     curves = section["curves"]
-    rows = {"base model": [c[:1] for c in curves["espl"]]} | {MODES[m]: curves[m] for m in MODES}
+    rows = {"base model": [c[:1] for c in curves["espl"]]} | {MODES[m]: curves[m] for m in MODES if m in curves}
     if PERFECT in curves:
         rows |= {"a perfect prompt, frozen weights": [c[:1] for c in curves[PERFECT]], PERFECT: curves[PERFECT]}
-    rows_found = espl.summary(curves["espl"][0])
-    readings = [r for r, (row, key) in READINGS.items() if key in rows_found.get(row, ())]
-    scores = table(["test problems solved", *readings],
-                   [[name, *(spread(read(c, r)) for r in readings)] for name, c in rows.items()])
-    paired = table(["E-SPL minus, same seed", *(f"{r} | 95 % interval" for r in readings[:2])],
-                   [[name, *(difference(read(curves["espl"], r), read(c, r)) for r in readings[:2])]
-                    for name, c in rows.items() if name not in (MODES["espl"], PERFECT)])
+    return rows
+
+
+def scores_table(section: dict) -> str:
+    """Scores of all rows, and the tokens that they sampled; the iterations that espl needs for rl's final score."""
+    curves, rows = section["curves"], compared(section)
+    readings = readings_of(curves["espl"])
+    tokens = lambda c: " + ".join(f"{np.mean([x[-1]['tokens'][k] for x in c]) / 1000:.0f}"
+                                  for k in ("rollouts", "reflections"))
+    scores = table(["test problems solved", *readings, "thousand tokens: rollouts + reflections"],
+                   [[name, *(spread(read(c, r)) for r in readings), tokens(c)] for name, c in rows.items()])
     reached = [next((e["iteration"] for e in ours[1:] if e["test"] >= theirs[-1]["test"]), "never")
                for ours, theirs in zip(curves["espl"], curves["rl"])]
-    tabled = all("table" in c[-1] for mode in MODES for c in curves[mode])
-    gains = f"\n\n{gains_tables(section)}" * tabled
-    return (f"{scores}\n\n{paired}{gains}\n\nE-SPL first reached rl's final score, that of iteration "
-            f"{curves['rl'][0][-1]['iteration']}, at iteration {', '.join(map(str, reached))} (seeds "
-            f"{', '.join(map(str, section['seeds']))}; its first evaluation in training was at iteration "
-            f"{curves['rl'][0][1]['iteration']}).")
+    at = [e["iteration"] for e in curves["rl"][0]]
+    return (f"{scores}\n\nE-SPL first reached rl's final score, that of iteration {at[-1]}, at iteration "
+            + ", ".join(f"{i} ({n} of {len(reached)} seeds)" for i, n in Counter(reached).items())
+            + f"; its first evaluation in training was at iteration {at[1]}.")
+
+
+def paired_table(section: dict) -> str:
+    """Differences of espl to every row."""
+    ours, rows = section["curves"]["espl"], compared(section)
+    readings = readings_of(ours)[:2]
+    return table(["E-SPL minus, same seed", *(f"{r} | 95 %, bootstrap | 95 %, t" for r in readings)],
+                 [[name, *(difference(read(ours, r), read(c, r)) for r in readings)]
+                  for name, c in rows.items() if name not in (MODES["espl"], PERFECT)])
+
+
+def compare_tables(section: dict) -> str:
+    """All of a comparison."""
+    parts = [scores_table, paired_table] + [gains_tables] * ("table" in section["curves"]["espl"][0][-1])
+    return "\n\n".join(part(section) for part in parts)
 
 
 def cells(section: dict, mode: str, name: str) -> str:
@@ -188,8 +258,9 @@ def gains_tables(section: dict) -> str:
     """Cells and gains of all modes. Where weights are frozen there is one row of cells, in rl one column."""
     names = [name for c in section["curves"]["espl"] for name in c[-1].get("table", ())]
     title = lambda name: f"weights {name} prompt" if ", " in name else f"gain: {name}"
-    return table(["at the end, same seeds in every cell", *MODES.values()], [
-        [title(name), *(cells(section, mode, name) for mode in MODES)] for name in dict.fromkeys(names)])
+    modes = [mode for mode in MODES if mode in section["curves"]]
+    return table(["at the end, same seeds in every cell", *(MODES[mode] for mode in modes)], [
+        [title(name), *(cells(section, mode, name) for mode in modes)] for name in dict.fromkeys(names)])
 
 
 def vary_tables(section: dict) -> str:
@@ -197,8 +268,8 @@ def vary_tables(section: dict) -> str:
     default = section["curves"]["espl"]
     cells = lambda c: [spread(read(c, "final")), spread(read(c, "mean of last 5"))]
     minus = lambda c: difference(read(c, "mean of last 5"), read(default, "mean of last 5"))
-    return table(["", "final", "mean of last 5", "minus the default", "95 % interval"],
-                 [[f"`{name}`", *cells(c), minus(c)] if c is not default else ["default", *cells(c), "", ""]
+    return table(["", "final", "mean of last 5", "minus the default", "95 %, bootstrap", "95 %, t"],
+                 [[f"`{name}`", *cells(c), minus(c)] if c is not default else ["default", *cells(c), "", "", ""]
                   for name, c in section["curves"].items()])
 
 
@@ -210,9 +281,21 @@ def ratings_tables(section: dict) -> str:
                    *(spread([x[n] for x in found]) for n in names[1:])] for mode, found in section["rho"].items()])
 
 
+def models_table(section: dict) -> str:
+    """Final scores of every model's modes, and in how many seeds espl's is the highest."""
+    rows, curves = [], section["curves"]
+    for model in dict.fromkeys(name.partition(" of ")[2] for name in curves):
+        finals = {mode: read(curves[f"{mode} of {model}"], "final") for mode in ("rl", "evolution", "espl")}
+        base = [c[0]["test"] for c in curves[f"espl of {model}"]]
+        won = sum(ours > max(others) for *others, ours in zip(*finals.values()))
+        rows.append([f"`{model}`", *map(spread, [base, *finals.values()]), f"{won} of {len(base)}"])
+    return table(["model", "base model", *(f"`--mode {m}`" for m in finals), "seeds in which E-SPL's is highest"], rows)
+
+
 TABLES = {  # name: (section of the results, what makes its Markdown)
     "compare": ("compare", compare_tables), "vary": ("vary", vary_tables), "ablations": ("ablations", vary_tables),
-    "ratings": ("ratings", ratings_tables), "cells": ("compare", cells_tables),
+    "ratings": ("ratings", ratings_tables), "models": ("models", models_table), "scores": ("compare", scores_table),
+    "paired": ("compare", paired_table), "gains": ("compare", gains_tables), "cells": ("compare", cells_tables),
     "report": ("compare", lambda section: f"```\n{section['report']}\n```")}
 
 
@@ -231,20 +314,23 @@ def readme(text: str, results: dict) -> str:
 
 
 def draw(curves: dict[str, list[list[dict]]], path: Path) -> None:
-    """Learning curves: mean over seeds with a band of one standard deviation, sampled and greedy."""
+    """Learning curves, against iterations and against tokens: mean over seeds, a band of one standard deviation."""
     from matplotlib.figure import Figure
-    keys = {k: v for k, v in {"test": "sampled", "test_greedy": "greedy"}.items() if k in curves["espl"][0][-1]}
-    figure = Figure(figsize=(5.5 * len(keys), 4.5), layout="constrained")
-    for axis, (key, title) in zip(figure.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys.items()):
-        for name, runs in curves.items():
-            at = [e["iteration"] for e in runs[0]]
-            scores = np.array([[e[key] for e in run] for run in runs])
-            mean, sd = scores.mean(0), scores.std(0, ddof=min(1, len(runs) - 1))
-            [line] = axis.plot(at, mean, marker="o", markersize=3, label=name, clip_on=False, zorder=3)
-            axis.fill_between(at, mean - sd, mean + sd, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set(xlabel="iteration", title=f"test problems solved, {title}", ylim=(0, 1.02))
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    labels = "iteration", "thousand tokens sampled by rollouts and reflections"
+    axes = dict(zip(labels, figure.subplots(1, 2, sharey=True)))
+    for name, runs in curves.items():
+        evaluations = list(zip(*runs))  # up to the last that all seeds have
+        scores = np.array([[e["test"] for e in at] for at in evaluations])
+        mean, sd = scores.mean(1), scores.std(1, ddof=min(1, len(runs) - 1))
+        tokens = [np.mean([sum(e["tokens"].values()) for e in at]) / 1000 for at in evaluations]
+        for axis, x in zip(axes.values(), ([np.mean([e["iteration"] for e in at]) for at in evaluations], tokens)):
+            [line] = axis.plot(x, mean, marker="o", markersize=3, label=name, clip_on=False, zorder=3)
+            axis.fill_between(x, mean - sd, mean + sd, color=line.get_color(), alpha=0.12, linewidth=0)
+    for label, axis in axes.items():
+        axis.set(xlabel=label, title="test problems solved", ylim=(0, 1.02))
         axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=110)
 
 
@@ -271,11 +357,14 @@ def run_all(args, extra: list[str]) -> dict:
     configs = [(name, config_of(name, [*extra, *flags], seed, args.out))  # what is wrong is said before the first run
                for name, flags in plan(args).items() for seed in seeds]
     section = {"command": sys.argv[1:], "seeds": seeds, "curves": {}, "rho": {}, "report": ""}
-    espl.print_line, espl.REPORT = lambda *_: None, Path("no pictures")
+    espl.print_line = espl.draw = lambda *_: None
     espl.progress = lambda items=None, **_: espl.tqdm(disable=True) if items is None else items  # one bar is enough
     for name, config in bar(configs, desc=args.command):
-        found = finished_run(config)
-        section["curves"].setdefault(name, []).append(found["curve"])
+        curves = section["curves"].setdefault(name, [])
+        if name in (MORE, LONGER):
+            spend(config, name, *(section["curves"][mode][len(curves)] for mode in ("rl", "espl")))
+        found = finished_run(config, name.partition(", then ")[2])
+        curves.append(found["curve"])
         section["report"] = section["report"] or found["report"] * (name == "espl")
         if args.command == "ratings":
             section["rho"].setdefault(name, []).append(rank_correlations(config, args.out))
@@ -284,8 +373,8 @@ def run_all(args, extra: list[str]) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("compare", "vary", "ablations", "ratings", "readme"))
-    parser.add_argument("settings", nargs="*", help="of vary: FLAG=VALUE,VALUE …")
+    parser.add_argument("command", choices=("compare", "vary", "ablations", "ratings", "models", "readme"))
+    parser.add_argument("settings", nargs="*", help="of vary: FLAG=VALUE,VALUE …; of models: directories")
     parser.add_argument("--seeds", default="5", help="how many, from 0 on; or a range or list: 100-104 or 100,103")
     parser.add_argument("--perfect", action="store_true", help="of compare: also the perfect prompt")
     parser.add_argument("--out", type=Path, default=Path("runs/lab"))
