@@ -2684,7 +2684,7 @@ def main(argv: list[str] | None = None) -> int:
     run, again = None, lambda: f"; continue with: python espl.py --resume {run.directory}" if run else ""
     try:
         argv = sys.argv[1:] if argv is None else argv
-        argv, join = from_tools("hosts").prepare(argv) if REPORT.is_file() else (argv, lambda: None)
+        argv, join = from_tools("hosts").prepare(argv) if TOOLS.is_dir() else (argv, lambda: None)
         c = parse_args(argv)
         join()
         run = start_run(c)
