@@ -172,8 +172,8 @@ def compare(out: Path, argv: list[str], layouts: list, name: str) -> bool:
         seen = [np.load(f"{directory}.{i}.npz") for i in range(layout[0])]
         first = first or (metrics, rollouts, seen[0])
         same = next((i for i, (a, b) in enumerate(zip(first[1], rollouts)) if a != b), len(rollouts))
-        gaps = [float(np.abs(seen[0][x] - first[2][x]).max()) if seen[0][x].shape == first[2][x].shape else np.inf
-                for x in ("logprobs", "gradient")]
+        gap = lambda a, b: float((np.abs(a - b) / np.maximum(1, np.abs(a))).max()) if a.shape == b.shape else np.inf
+        gaps = [gap(first[2][x], seen[0][x]) for x in ("logprobs", "gradient")]
         apart = [np.abs(np.array(numbers(a)) - np.array(numbers(b))).max() if len(numbers(a)) == len(numbers(b))
                  else np.inf for a, b in zip(first[0], metrics)]
         read = ", ".join("read {:,} and held at most {:,} of {:,} bytes for devices with {:,}".format(
