@@ -2245,7 +2245,7 @@ def start_run(c: Config, task: Task | None = None) -> Run:
     task = task or load_task(c)
     policy, chat = load_model(c)
     drop_long_problems(task, chat, policy.context, policy.cfg.vocab_size, policy.cfg.max_context)
-    if c.batch_size > len(task.train):
+    if 0 < len(task.train) < c.batch_size:
         warn(f"--batch-size {c.batch_size}: there are {len(task.train)} training problems, all in every batch")
     steps = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
     optimizer = optax.chain(*steps, optax.adam(c.learning_rate, b1=0.9, b2=0.95, eps=1e-8))

@@ -2979,7 +2979,10 @@ def test_evaluation_of_a_run(world, run_of, tmp_path, capsys):
 def test_evaluation_of_a_model(world, tmp_path, capsys):
     """A baseline: no run, no training problems, one cell."""
     kept = dict(train_file=None, run_dir=tmp_path / "run", test_samples=3)
-    _, m, rollouts, _ = evaluation(capsys, *flags(world, **{"directory": None} | kept))
+    assert TABLES.main(flags(world, **{"directory": None} | kept)) == 0
+    said, run = capsys.readouterr(), SimpleNamespace(directory=tmp_path / "run")
+    [m], rollouts = metrics(run), read_lines(run, "rollouts.jsonl")
+    assert f"files: {tmp_path / 'run'}" in said.out and not said.err
     assert list(m["table"]["reward"]) == ["before, root"] and (m["iteration"], m["prompt"]) == (0, 0)
     mean = np.mean([r["reward"] for r in rollouts])
     assert m["table"]["reward"]["before, root"][0] == m["test"] == pytest.approx(mean)
