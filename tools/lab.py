@@ -356,7 +356,8 @@ def run_all(args, extra: list[str]) -> dict:
     seeds, bar = seed_list(args.seeds), espl.progress
     configs = [(name, config_of(name, [*extra, *flags], seed, args.out))  # what is wrong is said before the first run
                for name, flags in plan(args).items() for seed in seeds]
-    section = {"command": sys.argv[1:], "seeds": seeds, "curves": {}, "rho": {}, "report": ""}
+    command = re.sub(r" --(out|results|compile-cache)[ =]\S+", "", " ".join(sys.argv[1:])).split()  # not of this machine
+    section = {"command": command, "seeds": seeds, "curves": {}, "rho": {}, "report": ""}
     espl.print_line = espl.draw = lambda *_: None
     espl.progress = lambda items=None, **_: espl.tqdm(disable=True) if items is None else items  # one bar is enough
     for name, config in bar(configs, desc=args.command):
