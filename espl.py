@@ -24,9 +24,9 @@ Algorithm 1 of the paper, its statements numbered from "Initialize S", and where
 
 Axes are suffixes of names. In sections 3 and 4: M system prompts, B problems of a batch, N rollouts; V_i is a mean
 reward over a batch, V[i,b] over one problem. In sections 5 to 7: B rows, T query tokens, S key tokens, N query heads, K
-key/value heads, G = N/K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank or chosen rows,
-Z shards of the rows. A slot is a hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evolution, 5
-RL update, 6 sampling, 7 model, 8 tasks, 9 a run, its files and the program.
+key/value heads, G = N/K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank or some rows, Z
+shards of the rows. A slot is a hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evolution, 5 RL
+update, 6 sampling, 7 model, 8 tasks, 9 a run, its files and the program.
 
 Where this file departs from the paper, and why:
  1. Selection: the highest score plus random others, the paper's simplified strategy; --selection has line 4's softmax.
@@ -319,18 +319,18 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
     run.tokens["rollouts" if training else "evaluation"] += sum(
         p is not None for group in responses for y in group for p in y.logprobs)  # what tools said was not sampled
     with timed(run, "grade" if training else "evaluate"):
-        last_turns = [(x, final_text(chat.text(y.tokens[y.turn:], y.tokens[:y.turn] or prompt)))
-                      for (_, x, _), prompt, group in zip(pairs, prompts, responses) for y in group]
+        texts = [[chat.text(y.tokens, prompt) for y in group] for prompt, group in zip(prompts, responses)]
+        last_turns = [(x, final_text(chat.text(y.tokens[y.turn:], y.tokens[:y.turn]) if y.turn else text))
+                      for (_, x, _), ts, group in zip(pairs, texts, responses) for text, y in zip(ts, group)]
         graded = iter(on_host_0(grade, run.task, last_turns))
     groups = []
-    for (s, x, _), prompt, group in zip(pairs, prompts, responses):
-        texts = [chat.text(y.tokens, prompt) for y in group]
+    for (s, x, _), prompt, group, ts in zip(pairs, prompts, responses, texts):
         rewards, outcomes = map(list, zip(*(next(graded) for _ in group)))
-        groups.append(Group(x, texts, rewards, outcomes, prompt, group))
+        groups.append(Group(x, ts, rewards, outcomes, prompt, group))
         run.append("rollouts.jsonl", [
             dict(iteration=iteration, split=split, prompt=s.id, problem=x.id, reward=r, outcome=o, stop=y.stop,
                  tokens=len(y.tokens), calls=y.calls, response=t)
-            for y, t, r, o in zip(group, texts, rewards, outcomes)])
+            for y, t, r, o in zip(group, ts, rewards, outcomes)])
     return groups
 
 
@@ -792,8 +792,7 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
         moved = hidden.astype(jnp.float32) - jax.lax.stop_gradient(hidden).astype(jnp.float32)  # value 0, gradient 1
         return chosen + jnp.sum(slope * moved, -1), entropy
 
-    if not model.cfg.lora_rank:
-        block = jax.checkpoint(block)
+    block = block if model.cfg.lora_rank else jax.checkpoint(block)
     pad = -B * T % size
     hidden = jnp.pad(hidden_BTD.reshape(B * T, D), ((0, pad), (0, 0))).reshape(-1, size, D)
     target = jnp.pad(target_BT.reshape(B * T), (0, pad)).reshape(-1, size)
@@ -1030,7 +1029,7 @@ def admit(decoder: Decoder, queue) -> None:
             prompts = {row.group: (row.prompt[:-1], 0) for row in queue if not row.response.tokens}
             length = cache_length(decoder.policy, len(queue[0].prompt) - 1)
             fit = list(itertools.takewhile(lambda part: len(part[0]) <= length, prompts.values()))
-            n = row_count(len(fit), max(1, PIECE // length), 1)
+            n, decoder.prefix = row_count(len(fit), max(1, PIECE // length), 1), ((), None)  # never two in memory
             keys_values = prefill(*decoder.weights[:3], *padded(fit[:n], n, length))
             decoder.prefix = list(prompts)[: len(fit[:n])], keys_values
 
@@ -1042,7 +1041,8 @@ def feed(decoder: Decoder) -> None:
     width = len(rows) // shards
     while waiting := [i for i, row in enumerate(rows) if row and row.reply]:
         T = next(T for T in (64, 256, PIECE) if T == PIECE or max(len(rows[i].reply) for i in waiting) <= T)
-        each = row_count(len(waiting), max(1, min(width, 4 * PIECE // T // shards)), 1)
+        most = 4 * PIECE // T // shards * 4096 // max(4096, decoder.length)  # scores take T x length in each row
+        each = row_count(len(waiting), max(1, min(width, most)), 1)
         chosen = [[i for i in waiting if i // width == d][:each] for d in range(shards)]
         parts, index = [], np.full((shards, each), width, np.int32)  # beyond the last row: padding
         for d, own in enumerate(chosen):
@@ -1174,9 +1174,7 @@ def decode_chunk(graphdef, theta, frozen, layers, cache, token_B, position_B, re
     start = (0, cache, token_B, position_B, remaining_B, jnp.full((DECODE_CHUNK, B), -1), jnp.zeros((DECODE_CHUNK, B)))
     going = lambda carry: (carry[0] < DECODE_CHUNK) & jnp.any(carry[4] > 0)
     _, cache, *_, tokens, logprobs = jax.lax.while_loop(going, step, start)
-    if jax.process_count() > 1:  # each reads all of them
-        tokens, logprobs = constrain(tokens), constrain(logprobs)
-    return cache, tokens, logprobs
+    return cache, constrain(tokens), constrain(logprobs)  # each process reads all of them
 
 
 def sample_token(key_B, logits_BV, temperature, top_p: float):
@@ -1329,6 +1327,7 @@ def attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, key_position_BS, window
         p = jnp.pad(query_position_BT, ((0, 0), (0, -T % 512))).reshape(B, -1, 512).swapaxes(0, 1)
         block = jax.checkpoint(lambda x: attention(x[0], k_BKSH, v_BKSH, x[1], key_position_BS, window, cfg))
         return jax.lax.map(block, (q, p)).swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
+    k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
     q_BTKGH = q_BTNH.reshape(B, T, cfg.num_kv_heads, -1, H)
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) * cfg.attention_scale
     if cfg.attention_cap:
@@ -1374,6 +1373,8 @@ class Block(nnx.Module):
         elif prefix is not None:
             k, v = (jnp.concatenate(x, 2) for x in zip(prefix[:2], new))
             key_position_BS = jnp.concatenate([prefix[2], position_BT], 1)
+        if cache is None:  # blocks of queries sum its gradient in float32
+            k, v = k.astype(jnp.float32), v.astype(jnp.float32)
         h = self.o_proj(attention(q, k, v, position_BT, key_position_BS, window, cfg).reshape(B, T, -1))
         x_BTD = x_BTD + (self.attention_post_norm(h) if cfg.post_norms else h)
         h = self.mlp_norm(x_BTD)
@@ -2098,7 +2099,7 @@ MATH_VERIFY_SOURCE = inspect.getsource(math_verify_process)  # now: this file ma
 # 9. A run: its reflection model and evaluations, its files, its screen, and the program
 # ======================================================================================================================
 
-TOOLS = Path(__file__).with_name("tools")  # what the method can do without; each script is loaded where it is called for
+TOOLS = Path(__file__).with_name("tools")  # what the method can do without; loaded where it is called for
 HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
 
 
@@ -2265,10 +2266,11 @@ def start_run(c: Config, task: Task | None = None) -> Run:
 def open_directory(run: Run) -> str:
     """Makes the run directory, or reopens it, and starts the tracker."""
     c = run.config
+    given = bool(c.run_dir)
     c.run_dir = c.run_dir or f"runs/{run.task.name}-{c.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(c.run_dir)
     with explained(f"cannot write --run-dir {directory}"):
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=given)  # two runs may begin in the same second
         if not c.resume and any(directory.iterdir()):
             raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
         run.tracker = from_tools("track").start(c) if c.track else None
@@ -2356,7 +2358,7 @@ def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict
     seed = run.seed(f"{request}/{calls[request]}/{iteration}")  # each call has its own
     if run.server:
         prompts = [fill(run.task.texts[request], run.chat.clean(s)) for s in slots]
-        replies = on_host_0(run.server.ask, run, prompts, seed[1])
+        replies = on_host_0(run.server.ask, run, prompts, sum(seed))
     else:
         theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
         limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
@@ -2413,33 +2415,38 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
     if run.config.test_greedy:
         result["test_greedy"] = float(np.mean(score(run, s, run.task.test, "test_greedy", iteration)["reward"]))
     if table and TOOLS.is_dir():
-        result["table"] = from_tools("evaluate").make_table(run, iteration, s, scores)
+        try:
+            result["table"] = from_tools("evaluate").make_table(run, iteration, s, scores)
+        except Exception as e:
+            if "RESOURCE_EXHAUSTED" in str(e):
+                raise
+            warn(f"no 2 x 2 table: {first_line(e)}")
     run.evaluations.append(result)
     if "val" in result and max(run.evaluations, key=lambda e: e["val"]) is result:  # the first of equals
-        save_checkpoint(run, iteration, "best", keep=1)
+        save_checkpoint(run, iteration, "best")
     return result
 
 
 # ---- Checkpoints and logs
 
-def checkpoint_manager(run: Run, name: str, keep: int) -> ocp.CheckpointManager:
-    """Orbax checkpoints in <run>/<name>."""
+def checkpoint_manager(run: Run, name: str, read_only: bool = False) -> ocp.CheckpointManager:
+    """Orbax checkpoints in <run>/<name>, the last two; read_only leaves alone what a run is writing there."""
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # hundreds of lines about what orbax also raises
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)  # of a save that failed
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False) if read_only else ocp.CheckpointManagerOptions(
+        max_to_keep=2, cleanup_tmp_directories=True)  # of a save that failed
     return ocp.CheckpointManager((run.directory / name).absolute(), options=options)
 
 
-def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints", keep: int = 2) -> None:
+def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints") -> None:
     """Everything needed to go on after this iteration: theta, Adam's state, the population, the evaluations."""
     loop = {"prompts": [dataclasses.asdict(s) for s in run.population], "evaluations": run.evaluations,
             "reflector_tokens": run.reflector_tokens}
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
     try:
-        with checkpoint_manager(run, name, keep) as manager:  # a new one knows of no save that failed
-            for step in manager.all_steps():  # of a run that was killed and resumed before them
-                if step >= iteration:
-                    manager.delete(step)
+        with checkpoint_manager(run, name) as manager:  # a new one knows of no save that failed
+            for step in [step for step in manager.all_steps() if step >= iteration]:  # of a run killed before them
+                manager.delete(step)
             whole = loop | {"check": fingerprint(weights, loop)}
             manager.save(iteration, args=ocp.args.Composite(
                 weights=ocp.args.StandardSave(weights), loop=ocp.args.JsonSave(whole)))
@@ -2463,7 +2470,9 @@ def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
     weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, weights)
     how = ocp.args.Composite(loop=ocp.args.JsonRestore(), weights=ocp.args.StandardRestore(like))
-    steps, done = sorted(manager.all_steps()), -1
+    steps, done, log = sorted(manager.all_steps()), -1, run.directory / "metrics.jsonl"
+    if steps:  # never twice in memory
+        run.policy.theta = run.trainer.opt_state = weights = None
     while steps and done < 0:
         try:
             state = manager.restore(step := steps.pop(), args=how)
@@ -2474,9 +2483,12 @@ def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
             run.reflector_tokens = loop.get("reflector_tokens", 0)
             run.policy.theta, run.trainer.opt_state, done = weights["theta"], weights["opt_state"], step
         except Exception as e:
+            state = weights = None
+            if "RESOURCE_EXHAUSTED" in str(e):
+                raise
             warn(f"the checkpoint {manager.directory / str(step)} is damaged: {first_line(e)[:300]}")
-    if done < 0 and manager.all_steps():
-        raise UserError(f"no checkpoint in {manager.directory} is whole; start a new run")
+    if done < 0 and (manager.all_steps() or log.is_file() and log.read_bytes().count(b"\n") > 1):
+        raise UserError(f"no checkpoint in {manager.directory} is whole; put one back, or start a new run")
     logs = [run.directory / f"{name}.jsonl" for name in ("metrics", "rollouts", "reflections", "not_finite")]
     for path in () if jax.process_index() else filter(Path.is_file, logs):
         with open(path, "rb+") as file:  # bytes: only \n ends a record
@@ -2496,13 +2508,17 @@ def resumed_and_saved(run: Run):
     """The loop with its beginning, the latest checkpoint, and its end, however it comes: if the state is still that
     after an iteration (the run was stopped while it sampled), it is saved, whatever --save-every says."""
     if run.config.resume:
-        with checkpoint_manager(run, "checkpoints", keep=2) as manager:
+        with checkpoint_manager(run, "checkpoints") as manager:
             run.finished = restore_checkpoint(run, manager)
-        with checkpoint_manager(run, "best", keep=1) as manager:
+        with checkpoint_manager(run, "best") as manager:
             for step in [step for step in manager.all_steps() if step > run.finished]:  # of what is done again
                 manager.delete(step)
     try:
         yield
+    except Exception as e:
+        if jax.process_count() > 1 and not isinstance(e, UserError):
+            run.finished = -1  # the others are not here, and saving takes all
+        raise
     finally:
         if run.finished >= 0 and not on_host_0((run.directory / "checkpoints" / str(run.finished)).exists):
             save_checkpoint(run, run.finished)
@@ -2538,11 +2554,13 @@ def write_logs(run: Run, m: dict) -> None:
     try:
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
+        if run.tracker:
+            groups = ("", m), *((f"{k}/", v) for k, v in m.items() if isinstance(v, dict))
+            numbers = {f"{group}{k}": v for group, d in groups for k, v in d.items() if isinstance(v, (int, float))}
+            run.tracker.log(numbers, step=m["iteration"])
         slow = "test" in m and sum(run.seconds.values()) > 10
         if TOOLS.is_dir() and (slow or m["iteration"] == last_iteration(run)):
             draw(run)
-        if run.tracker:
-            run.tracker.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["iteration"])
     except Exception as e:
         warn(f"could not write population.json or a picture, or --track: {first_line(e)}")
 
@@ -2706,10 +2724,9 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(90 * (jax.process_count() > 1))  # if another process has gone, tools/hosts.py ends this one
             raise
         phase = run.phase if run else "load"
-        lower = {"load": "--lora-rank, --max-rows", "update": "--microbatch-tokens, --max-new-tokens",
-                 "reflect": "--max-rows, --reflect-tokens"}.get(phase, "--max-rows, --max-new-tokens")
-        print(f"espl: error: out of memory in phase {phase} ({first_line(e)}); lower {lower} or --context{again()}",
-              file=sys.stderr)
+        lower = {"load": "--lora-rank", "update": "--microbatch-tokens"}.get(phase, "--max-rows")
+        print(f"espl: error: out of memory in phase {phase} ({first_line(e)}); lower {lower} (in a new run also "
+              f"--max-new-tokens, --reflect-tokens or --context){again()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         number = signal.Signals(e.args[0] if e.args else signal.SIGINT)

@@ -1850,7 +1850,7 @@ def test_gym_says_when_the_test_is_not_harder(gym, capfd, argv, note):
     (["sums:digits"], "digits= must be of type int, as 9 is"), (["sums:digits=2.5"], "digits=2.5 must be of type int"),
     (["sums:words=[1,2],digits=1"], r"words=\[1, 2\] must be of type tuple"), (["sums:digits=8"], "too many digits"),
     (["sums:scale=2,digits=0", "--test-size", "1"], "lower --test-size"),  # 0 + 0 is all there is
-    (["sums", "--gym-level", "-1"], "Invalid level: -1")])
+    (["sums", "--gym-level", "-1"], "Invalid level: -1"), (["sums", "--test-file", "x"], "leave out --train-file and")])
 def test_gym_errors_are_one_line(gym, tmp_path, capfd, argv, message):
     assert espl.main(["--task", str(tmp_path / "gym.py"), "--gym", *argv]) == 2
     assert re.fullmatch(f"espl: error: .*{message}.*\n", capfd.readouterr().err)
@@ -2946,6 +2946,8 @@ def evaluation(capsys, *args):
 def test_evaluation_of_a_run(world, run_of, tmp_path, capsys):
     """The table that it ended with, or another one, and the run's files stay as they are."""
     run = run_of("espl")
+    (writing := run.directory / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()   # a run may be going on
+    (writing / "file").touch()
     before, last = contents(run.directory), metrics(run)[-1]
     _, m, _, printed = evaluation(capsys, run.directory, "--run-dir", tmp_path / "again")
     assert m["table"] == last["table"] and TABLES.table_text(m["table"], last["prompt"], "pass@2") in printed
@@ -2973,7 +2975,8 @@ def test_evaluation_of_a_run(world, run_of, tmp_path, capsys):
     assert (m["iteration"], m["prompt"], m["test"]) == tuple(picked[k] for k in ("iteration", "prompt", "test"))
     assert {path: after[path] for path in before} == before and directory.parent == run.directory
     assert {path.parent for path in after.keys() - before.keys()} == {directory}
-    shutil.rmtree(directory)
+    for path in (directory, writing):
+        shutil.rmtree(path)
 
 
 def test_evaluation_of_a_model(world, tmp_path, capsys):
@@ -3097,7 +3100,7 @@ def test_resumed_equals_uninterrupted(world, whole_run, tmp_path, capsys, save_e
     assert "\u2028" in (broken / "rollouts.jsonl").read_text()  # ends a line for str.splitlines, but not a record
     assert equal((resumed.policy.theta, resumed.trainer.opt_state), (whole.policy.theta, whole.trainer.opt_state))
     assert resumed.evaluations == whole.evaluations
-    assert [p.name for p in (broken / "best").iterdir() if p.name.isdigit()] == ["4"]
+    assert max(p.name for p in (broken / "best").iterdir() if p.name.isdigit()) == "4"
 
 
 # ---- a reflector that is not the model itself --------------------------------------------------------------------------
@@ -3245,7 +3248,10 @@ def test_a_tracker_gets_the_numbers_of_every_iteration(world, tmp_path, monkeypa
     assert project == "tests" and how["name"] == "run" and how["config"]["batch_size"] == 4 and how["resume"] == "allow"
     assert [step for step, _ in lines] == [0, 1]
     for (_, numbers), m in zip(lines, read_lines(run, "metrics.jsonl")):
-        assert numbers == {k: v for k, v in m.items() if isinstance(v, (int, float))} and "val" in numbers
+        top = {k: v for k, v in m.items() if isinstance(v, (int, float))}
+        assert numbers.items() >= top.items() and "val" in numbers
+        assert {k: v for k, v in numbers.items() if k.startswith("tokens/")} == {
+            f"tokens/{k}": v for k, v in m["tokens"].items()}
     package.init = fail
     assert espl.main(flags(world, tmp_path / "other", track=f"{name}:tests")) == 2
     assert espl.main(flags(world, tmp_path / "another", track=name)) == 2
@@ -3285,11 +3291,13 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
     patches = {"open": dict(open=full_disk),
                "subprocess": dict(readings=lambda text: [f"{text}x"], subprocess=SimpleNamespace(
                    run=full_disk, TimeoutExpired=subprocess.TimeoutExpired)),
-               "draw": dict(draw=fail, generate=reflecting_fails)}
+               "draw": dict(draw=fail, generate=reflecting_fails, from_tools=lambda name: SimpleNamespace(
+                   make_table=fail, prepare=lambda argv: (argv, lambda: None)))}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
     assert warning in error and "badly" not in error and run.population[0].history
     if part == "draw":
         assert metrics(run)[1]["no_child"]["mutation"] == "failed: it broke" and len(prompts_of(run)) == 1
+        assert "warning: no 2 x 2 table: it broke" in error and "table" not in metrics(run)[-1]
         assert "warning: mutation failed: it broke; its traceback is in reflections.jsonl" in error
     if part == "subprocess":
         assert metrics(run)[1]["outcomes"]["error"] > 0
@@ -3487,7 +3495,7 @@ def test_a_fingerprint_tells_a_single_bit():
 
 
 def restored(run):
-    with espl.checkpoint_manager(run, "checkpoints", keep=2) as manager:
+    with espl.checkpoint_manager(run, "checkpoints") as manager:
         return espl.restore_checkpoint(run, manager)
 
 
@@ -3553,7 +3561,7 @@ def test_a_full_disk_keeps_what_there_is(copied, capfd):
 def test_later_checkpoints_of_a_killed_run_are_replaced(run_of, tmp_path):
     for iteration in (8, 6):  # orbax itself ignores a step that is not the latest
         with jax.set_mesh(run_of("rl").policy.mesh):
-            espl.save_checkpoint(run_of("rl"), iteration, str(tmp_path / "other"), keep=1)
+            espl.save_checkpoint(run_of("rl"), iteration, str(tmp_path / "other"))
         assert [p.name for p in (tmp_path / "other").iterdir()] == [str(iteration)]
 
 
@@ -3752,10 +3760,14 @@ def test_bad_resume(world, run_of, tmp_path, capsys):
         assert espl.main([str(a) for a in ["--resume", *argv]]) == 2
         assert re.fullmatch(rf"espl: error: .*{message}.*\n", capsys.readouterr().err)
     shutil.copytree(run.directory, tmp_path / "run")
-    [best] = (tmp_path / "run" / "best").glob("[0-9]")
-    best.rename(best.with_name("9"))                              # of an iteration that the checkpoint knows nothing of
+    later = tmp_path / "run" / "best" / "9"                       # of an iteration that the checkpoint knows nothing of
+    shutil.copytree(max((tmp_path / "run" / "best").glob("[0-9]")), later)
     again = play(["--resume", tmp_path / "run", "--iterations", 3, "--batch-size", 4])  # the same; nothing left to do
-    assert not best.with_name("9").exists() and equal(again.policy.theta, run.policy.theta) and metrics(again) == metrics(run)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")               # not carried along, as they are large
+    before = contents(tmp_path / "run")
+    assert espl.main(["--resume", str(tmp_path / "run")]) == 2 and contents(tmp_path / "run") == before
+    assert "is whole; put one back, or start a new run" in capsys.readouterr().err
+    assert not later.exists() and any(later.parent.iterdir()) and equal(again.policy.theta, run.policy.theta) and metrics(again) == metrics(run)
 
 
 @pytest.mark.parametrize("first, second", [("rl", "evolution"), ("evolution", "rl"), ("reflection", "rl")])

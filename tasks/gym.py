@@ -56,6 +56,13 @@ def problems(config) -> tuple[list[dict], list[dict]]:
     return made["train"], made["test"]
 
 
+def tools(config) -> dict:
+    """None; but that problems from files cannot be graded is found here."""
+    if config.train_file or config.test_file:
+        raise ValueError("gym makes its own problems; leave out --train-file and --test-file")
+    return {}
+
+
 def reward(record: dict, response: str) -> tuple[float, str]:
     """The data set's own score, 0 to 1, of what the last <answer></answer> holds, and the outcome: correct (1), wrong
     (up to 0.1, which graders give for mere answers), partly right; no_answer; timeout, when grading took too long."""

@@ -7,7 +7,7 @@
 
 Flags of espl.py may follow: with a RUN those of OPEN and those that --resume may change. Nothing in RUN is touched:
 config.json, rollouts.jsonl and a metrics.jsonl of one line go to RUN/eval-<time>/ (or --run-dir). Nothing is trained,
-and and no training problems are needed. --no-table evaluates the last cell only, the run's weights with the tested prompt.
+and no training problems are needed. --no-table evaluates the last cell only, the run's weights with the tested prompt.
 espl.py has the table made at the end of every run.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import espl  # noqa: E402
 
-OPEN = {*espl.RESUMABLE, "run_dir", "test_file", "test_size", "test_samples", "test_greedy", "test_prompt", "temperature",
+OPEN = {*espl.RESUMABLE} - {"mode"} | {"run_dir", "test_file", "test_size", "test_samples", "test_greedy", "test_prompt", "temperature",
         "top_p", "max_new_tokens", "max_tool_calls", "model_parallel"}
 
 
@@ -30,7 +30,8 @@ def config_of(run: Path | None, flags: list[str]) -> espl.Config:
     saved = []
     if run:
         with espl.explained(f"cannot read {run / 'config.json'}", "give an earlier run's directory"):
-            old = json.loads((run / "config.json").read_text()) | {"run_dir": ""}
+            old = json.loads((run / "config.json").read_text())
+        old |= {"run_dir": "", "track": "", "reflector": "reference", "table": True}  # what the run had of these is its own
         for name, value in old.items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):
@@ -55,8 +56,10 @@ def evaluate(run: Path | None, best: bool, flags: list[str]) -> str:
         raise espl.UserError(f"there is no checkpoint in {folder}")
     state, iteration = espl.start_run(c, espl.load_task(c, training=False)), 0
     if run:
-        with espl.checkpoint_manager(state, str(folder.absolute()), keep=2) as manager:
+        with espl.checkpoint_manager(state, str(folder.absolute()), read_only=True) as manager:
             iteration = espl.restore_checkpoint(state, manager)
+        if iteration < 0:
+            raise espl.UserError(f"no checkpoint in {folder} is whole yet")
     m = espl.evaluate(state, iteration, table=True)
     state.append("metrics.jsonl", [m | {"tokens": dict(state.tokens), "seconds": dict(state.seconds)}])
     head = f"iteration {iteration}: {c.test_samples} responses at T = {c.temperature:g} to each test problem"
@@ -106,10 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     if not flags or {"-h", "--help"} & {*flags}:
         print(__doc__)
         return 0
-    flags, join = espl.from_tools("hosts").prepare(flags)
     run = Path(flags.pop(0)) if not flags[0].startswith("-") else None
-    best, flags = "--best" in flags, [f for f in flags if f != "--best"]
+    best = "--best" in flags
     try:
+        flags, join = espl.from_tools("hosts").prepare([f for f in flags if f != "--best"])
         join()
         print(evaluate(run, best, flags))
         return 0

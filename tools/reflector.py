@@ -40,20 +40,25 @@ def ask(run: espl.Run, prompts: list[str], seed: int) -> list[str]:
     """Replies of the server, "" where it failed; after 429, 5xx and silence its package tries again by itself. Raises
     NoChild if none came, or no token is left."""
     import openai
-    c, key, failures = run.config, os.environ.get("OPENAI_API_KEY") or "none", []
+    c, key, failures, good = run.config, os.environ.get("OPENAI_API_KEY") or "none", [], []
+    lost = []  # requests that nobody answered: when that is all, the others need not wait as long
 
     def reply(i: int) -> str:
         try:
             if 0 < c.max_reflector_tokens <= run.reflector_tokens:
                 raise espl.NoChild("all of --max-reflector-tokens is spent")
+            if len(lost) >= c.reflector_concurrency and not good:
+                raise espl.NoChild("nobody answers")
             answer = client.chat.completions.create(
                 model=c.reflector_model, messages=[{"role": "user", "content": prompts[i]}], seed=(seed + i) % 2**31,
                 temperature=c.reflect_temperature, top_p=c.top_p, max_tokens=c.reflect_tokens)
             if answer.usage:
                 run.tokens["reflections"] += answer.usage.completion_tokens
                 run.reflector_tokens += answer.usage.total_tokens
-            return answer.choices[0].message.content or ""
+            good.append(answer.choices[0].message.content or "")
+            return good[-1]
         except Exception as e:
+            lost.extend([i] * isinstance(e, openai.APIConnectionError))
             failures.append(espl.first_line(e).replace(key, "…"))
             return ""
 
