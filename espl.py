@@ -24,9 +24,9 @@ Algorithm 1 of the paper, its statements numbered from "Initialize S", and where
 
 Axes are suffixes of names. In sections 3 and 4: M system prompts, B problems of a batch, N rollouts; V_i is a mean
 reward over a batch, V[i,b] over one problem. In sections 5 to 7: B rows, T query tokens, S key tokens, N query heads, K
-key/value heads, G = N/K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank or some rows, Z
-shards of the rows. A slot is a hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evolution, 5 RL
-update, 6 sampling, 7 model, 8 tasks, 9 a run, its files and the program.
+key/value heads, G = N/K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, R LoRA rank or some rows,
+Z shards of the rows. A slot is a hole in a text of prompts_seed.txt. Sections: 2 Config, 3 Algorithm 1, 4 evolution, 5
+RL update, 6 sampling, 7 model, 8 tasks, 9 a run, its files and the program.
 
 Where this file departs from the paper, and why:
  1. Selection: the highest score plus random others, the paper's simplified strategy; --selection has line 4's softmax.
@@ -1174,7 +1174,9 @@ def decode_chunk(graphdef, theta, frozen, layers, cache, token_B, position_B, re
     start = (0, cache, token_B, position_B, remaining_B, jnp.full((DECODE_CHUNK, B), -1), jnp.zeros((DECODE_CHUNK, B)))
     going = lambda carry: (carry[0] < DECODE_CHUNK) & jnp.any(carry[4] > 0)
     _, cache, *_, tokens, logprobs = jax.lax.while_loop(going, step, start)
-    return cache, constrain(tokens), constrain(logprobs)  # each process reads all of them
+    if jax.process_count() > 1:  # each reads all of them
+        tokens, logprobs = constrain(tokens), constrain(logprobs)
+    return cache, tokens, logprobs
 
 
 def sample_token(key_B, logits_BV, temperature, top_p: float):

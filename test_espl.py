@@ -3969,7 +3969,7 @@ def test_reflection_requests_leave_room_for_the_reply(chat, monkeypatch, tmp_pat
     run = espl.Run(espl.Config(reflect_tokens=reflect_tokens), task, chat, trainer, [], tmp_path)
     ask = partial(espl.ask, run, 1, Counter())
     assert len(ask("summarize", [{"a": "w2 " * n} for n in (3, 500)])) == 2
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(espl.NoChild, match="does not fit"):
         ask("critique", [{"a": ""}])
     ask("summarize", [{"a": "w2"}])
     assert {theta for theta, *_ in seen} == {"reference"} and len({seed for *_, seed in seen}) == 2  # no stream twice
