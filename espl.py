@@ -2745,6 +2745,7 @@ if __name__ == "__main__":
         for s in handled:
             signal.signal(s, signal.SIG_DFL)
         STOPS.append(number)
+        sys.unraisablehook = lambda _: None  # half-made objects of libraries complain when they are thrown away
         if not jax.distributed.is_initialized():  # of several processes, `stop_if_told` ends all at the same place
             raise KeyboardInterrupt(number)
 

@@ -4128,8 +4128,8 @@ def call_flags(d, run_dir, tool=look_up, **changes) -> list[str]:
     given = dict(task=d / f"{tool.__name__}.py", model=d, train_file=d / "train.jsonl", train_size=400,
                  test_file=d / "test.jsonl",
                  prompts_file=d / "prompts.txt", lora_rank=0, learning_rate=2e-3, max_grad_norm=1, temperature=1,
-                 top_p=1, max_new_tokens=30, batch_size=16, num_rollouts=4, iterations=21, val_size=8, test_samples=4,
-                 eval_every=21, save_every=21, reflect_tokens=16, run_dir=run_dir, compile_cache="") | changes
+                 top_p=1, max_new_tokens=30, batch_size=16, num_rollouts=4, iterations=18, val_size=8, test_samples=4,
+                 eval_every=18, save_every=18, reflect_tokens=16, run_dir=run_dir, compile_cache="") | changes
     return [a for k, v in given.items() for a in ("--" + k.replace("_", "-"), str(v))]
 
 
@@ -4137,7 +4137,7 @@ def test_reinforcement_learning_with_a_tool(caller, tmp_path):
     """From guessing (a tenth) to looking up and copying, on problems that were never trained on."""
     run = play(call_flags(caller, tmp_path / "run", mode="rl"))
     first, last = (e["test"] for e in run.evaluations)
-    assert first < 0.25 and last > 0.8
+    assert first < 0.25 and last > 0.7
     lines = [r for r in read_lines(run, "rollouts.jsonl") if r["split"] == "train"]
     pattern = re.escape(OPEN) + r"((?:k\d)*)" + re.escape(CLOSE) + r"( \d)\|Answer:( \d)"  # model, tool, model
     matches = [(r, re.fullmatch(pattern, r["response"])) for r in lines[-100:]]
