@@ -63,7 +63,7 @@ import traceback
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from functools import cached_property, partial, reduce
+from functools import cache, cached_property, partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
@@ -81,7 +81,7 @@ import orbax.checkpoint as ocp
 import trueskill
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
@@ -471,10 +471,10 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         dict(problem=g.problem.question, answer=g.problem.answer, principles=listing(current), response=y, grade=grade)
         for g in groups for y, grade in zip(g.texts, g.grades)])
     r.dropped.update({"empty summary": summaries.count("")})
-    summaries = iter(summaries)
+    of_each = iter(summaries)
     # App. Self-Critique and Local Edit Proposal: one request a problem, at most K_ops operations each
     critiques = r.operations("critique", [
-        critique_slots(g.problem, current, [(grade, next(summaries)) for grade in g.grades], c.max_operations)
+        critique_slots(g.problem, current, list(zip(g.grades, of_each)), c.max_operations)
         for g in groups])
     proposals = []
     for ops in critiques:
@@ -937,8 +937,7 @@ def generate(policy: Policy, theta, prompts: list[list[int]], counts: list[int],
     stop_ids = np.array(policy.eos_ids + (policy.pause_ids if environment else ()))
     with progress(total=len(queue), desc=sampling.label) as bar:
         while queue or decoder.parked or any(decoder.rows):
-            if jax.process_count() > 1:  # one alone is interrupted at once
-                stop_if_told()
+            stop_if_told()
             resize(decoder, queue)
             admit(decoder, queue)
             feed(decoder)
@@ -1329,7 +1328,6 @@ def attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, key_position_BS, window
         p = jnp.pad(query_position_BT, ((0, 0), (0, -T % 512))).reshape(B, -1, 512).swapaxes(0, 1)
         block = jax.checkpoint(lambda x: attention(x[0], k_BKSH, v_BKSH, x[1], key_position_BS, window, cfg))
         return jax.lax.map(block, (q, p)).swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
-    k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
     q_BTKGH = q_BTNH.reshape(B, T, cfg.num_kv_heads, -1, H)
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) * cfg.attention_scale
     if cfg.attention_cap:
@@ -1375,8 +1373,6 @@ class Block(nnx.Module):
         elif prefix is not None:
             k, v = (jnp.concatenate(x, 2) for x in zip(prefix[:2], new))
             key_position_BS = jnp.concatenate([prefix[2], position_BT], 1)
-        if cache is None:  # blocks of queries sum its gradient in float32
-            k, v = k.astype(jnp.float32), v.astype(jnp.float32)
         h = self.o_proj(attention(q, k, v, position_BT, key_position_BS, window, cfg).reshape(B, T, -1))
         x_BTD = x_BTD + (self.attention_post_norm(h) if cfg.post_norms else h)
         h = self.mlp_norm(x_BTD)
@@ -1734,7 +1730,7 @@ class Problem:
     id: str
     question: str
     answers: tuple[str, ...]
-    record: dict = field(default_factory=dict, compare=False, repr=False)
+    record: dict = field(default_factory=dict, compare=False)
 
     @property
     def answer(self) -> str:
@@ -2140,34 +2136,22 @@ def progress(iterable=None, **kwargs):
     return tqdm(iterable, leave=False, dynamic_ncols=True, disable=None, **kwargs)
 
 
-# ---- Several processes (docs/hosts.md) run the same program on the same seeds; process 0 has the files and the screen.
+@cache
+def from_tools(name: str) -> SimpleNamespace:
+    """The functions of tools/NAME.py."""
+    with explained(f"cannot load {TOOLS / name}.py", "get the folder tools/"):
+        return SimpleNamespace(**runpy.run_path(f"{TOOLS / name}.py"))
+
 
 def on_host_0(function: Callable, *args) -> Any:
-    """What function(*args) returns or raises on process 0, which alone calls it, on all processes."""
-    if jax.process_count() == 1:
-        return function(*args)
-    import pickle
-    result = error = None
-    if jax.process_index() == 0:
-        try:
-            result = function(*args)
-        except Exception as e:
-            error = e if isinstance(e, (UserError, NoChild)) else RuntimeError(first_line(e))
-    data = np.frombuffer(pickle.dumps((result, error)), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    data = multihost_utils.broadcast_one_to_all(np.resize(data, bucket(size, 4096)))  # few lengths, so few programs
-    result, error = pickle.loads(data.tobytes())
-    if error:
-        raise error
-    return result
+    """function(*args), which of several processes (docs/hosts.md) the first alone calls: it has files and screen."""
+    return function(*args) if jax.process_count() == 1 else from_tools("hosts").on_host_0(function, *args)
 
 
 def stop_if_told() -> None:
     """Ends the program if it was told to stop; of several processes all, at the same place, if any was told."""
     told = STOPS[0] if STOPS else 0
-    if jax.process_count() > 1:
-        told = int(multihost_utils.process_allgather(np.int32(told)).max())
-    if told:
+    if told := told if jax.process_count() == 1 else from_tools("hosts").highest(told):
         raise KeyboardInterrupt(told)
 
 
@@ -2213,12 +2197,6 @@ class Run:
             warn(f"could not write {path}: {first_line(e)}; {len(text):,} characters are lost")
 
 
-def from_tools(name: str) -> SimpleNamespace:
-    """The functions of tools/NAME.py."""
-    with explained(f"cannot load {TOOLS / name}.py", "get the folder tools/"):
-        return SimpleNamespace(**runpy.run_path(f"{TOOLS / name}.py"))
-
-
 def draw(run: Run) -> None:
     """curves.png, tree.png, tree.svg."""
     from_tools("report").draw(run.directory)
@@ -2256,12 +2234,8 @@ def start_run(c: Config, task: Task | None = None) -> Run:
     trainer = Trainer(policy, optimizer, adam_init(optimizer, policy.theta),
                       Objective(c.loss, c.temperature, c.clip_low, c.clip_high, c.kl_coef), c.microbatch_tokens)
     run = Run(c, task, chat, trainer, [SystemPrompt(0, task.root)], Path(), server)  # Alg. 1, line 1
-    same = repr((c, task.train, task.val, task.test, task.texts, policy.eos_ids, Path(__file__).read_text()))
-    if (same := zlib.crc32(same.encode())) != on_host_0(lambda: same):
-        raise UserError("flags, problems, texts or code are not those of process 0; start the same on every host")
-    run.directory = Path(on_host_0(open_directory, run))
-    if not (run.directory / "config.json").is_file():
-        raise UserError(f"--run-dir {run.directory} is not that of process 0; all hosts must share its file system")
+    opened = open_directory if jax.process_count() == 1 else from_tools("hosts").open_directory
+    run.directory = Path(opened(run))
     return run
 
 
@@ -2360,7 +2334,7 @@ def ask(run: Run, iteration: int, calls: Counter, request: str, slots: list[dict
     seed = run.seed(f"{request}/{calls[request]}/{iteration}")  # each call has its own
     if run.server:
         prompts = [fill(run.task.texts[request], run.chat.clean(s)) for s in slots]
-        replies = on_host_0(run.server.ask, run, prompts, sum(seed))
+        replies = on_host_0(run.server.ask, run, prompts, zlib.crc32(str(seed).encode()))
     else:
         theta = run.policy.theta_ref if c.reflector == "reference" else run.policy.theta
         limit = max(run.policy.context - c.reflect_tokens, run.policy.context // 2)
@@ -2390,7 +2364,7 @@ def fit_request(chat: Chat, template: str, slots: dict[str, str], limit: int) ->
 def tested_prompt(run: Run) -> SystemPrompt:
     """The prompt that is evaluated; neither validation nor test scores have a say."""
     c, pool = run.config, run.population[-run.config.max_pool_size:]
-    unrated = c.mode == "rl" and all(s.sigma >= 25 / 3 for s in pool)  # as reflection left them: alone, none is rated
+    unrated = c.mode == "rl" and all(s.sigma >= SystemPrompt.sigma for s in pool)  # as --mode reflection leaves them
     if c.test_prompt == "latest" or c.mode == "reflection" or c.num_prompts == 1 or unrated:
         return pool[-1]
     return max(pool, key=lambda s: (s.mu - c.ucb_lambda * s.sigma, bool(s.history), s.id))  # of equals who competed
@@ -2723,7 +2697,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
-            time.sleep(90 * (jax.process_count() > 1))  # if another process has gone, tools/hosts.py ends this one
             raise
         phase = run.phase if run else "load"
         lower = {"load": "--lora-rank", "update": "--microbatch-tokens"}.get(phase, "--max-rows")

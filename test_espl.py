@@ -726,6 +726,28 @@ def test_rollouts_that_leave_a_full_cache_come_back_unchanged(policy, sampling, 
     assert [r.tokens for [r] in one[0]] == [r.tokens for [r] in one[1]]
 
 
+@pytest.mark.parametrize("length, rows", [(1024, 4), (4096, 4), (16384, 1)])
+def test_what_enters_a_long_cache_at_once_is_less(monkeypatch, length, rows):
+    """Attention's scores take rows x tokens x length."""
+    fed = []
+    monkeypatch.setattr(espl, "extend", lambda cache, index, token, position: fed.append(token.shape))
+    response = lambda: espl.Response([], [])
+    policy = SimpleNamespace(cfg=SimpleNamespace(split_length=False))
+    decoder = SimpleNamespace(policy=policy, length=length, weights=(), cache=None, rows=[
+        espl.Row(g, [1] * 1001, response(), None, 9, reply=[1] * 1000) for g in range(8)])
+    espl.feed(decoder)
+    assert fed == [(rows, 1024)] * (8 // rows) and not any(row.reply for row in decoder.rows)
+
+
+def test_one_prefix_at_a_time_is_in_memory(policy, monkeypatch):
+    prefill, decoder, decoders, kept = espl.prefill, espl.Decoder, [], []
+    monkeypatch.setattr(espl, "PIECE", 128)  # so that prompts come one by one
+    monkeypatch.setattr(espl, "Decoder", lambda *args: decoders.append(decoder(*args)) or decoders[-1])
+    monkeypatch.setattr(espl, "prefill", lambda *args: kept.append(decoders[-1].prefix[1]) or prefill(*args))
+    generate(policy, random_prompts(5, 50, 33), [1] * 3, GREEDY)
+    assert kept == [None] * 3
+
+
 TAG, EOS = 22, 16  # TAG calls a tool
 
 
@@ -3220,6 +3242,17 @@ def test_a_server_that_fails(server, chat, tmp_path, capsys, answer, replies):
     assert ("requests to the reflector failed" in err) == (replies < 3) and "secret" not in err
 
 
+def test_the_seed_reaches_the_server(server, chat, tmp_path):
+    url, seen = server()
+    for seed in (0, 1, 0):
+        c = espl.Config(reflector=url, reflector_model="judge", seed=seed)
+        run = espl.Run(c, SimpleNamespace(texts={"summarize": "{a}"}), chat, SimpleNamespace(policy=None), [], tmp_path,
+                       espl.from_tools("reflector"))
+        espl.ask(run, 1, Counter(), "summarize", [{"a": x} for x in "xyz"])
+    first, other, again = ({r["seed"] for r in seen[i: i + 3]} for i in (0, 3, 6))
+    assert first == again and not first & other and len(first | other) == 6
+
+
 def test_a_server_that_stays_down_or_costs_too_much_ends_no_run(world, server, tmp_path, capsys):
     url, seen = server()
     run = external_run(world, url, tmp_path / "spent", max_reflector_tokens=25, reflector_concurrency=1)
@@ -3329,6 +3362,15 @@ def test_a_run_goes_on_after_rewards_that_failed(world, tmp_path, capsys):
     assert 1 <= len(warnings) <= 6 and all("at most 1" in w for w in warnings)
 
 
+def test_two_runs_that_begin_in_the_same_second_do_not_share_a_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(espl.time, "strftime", lambda form: "20260214-120000")
+    runs = [SimpleNamespace(config=espl.Config(), task=SimpleNamespace(name="words")) for _ in range(2)]
+    assert espl.open_directory(runs[0]) == "runs/words-espl-20260214-120000"
+    with pytest.raises(espl.UserError, match="cannot write --run-dir runs/words-espl-20260214-120000"):
+        espl.open_directory(runs[1])
+
+
 @pytest.fixture
 def ctrl_c():
     """SIGINT as a terminal has it, also where the tests run in the background, which ignores it."""
@@ -3351,11 +3393,19 @@ def test_interrupted_from_outside(world, tmp_path, ctrl_c):
     assert [m["iteration"] for m in metrics(play(["--resume", tmp_path / "run"]))] == [0, 1]
 
 
-def test_a_stop_that_a_library_swallows_ends_the_iteration(world, tmp_path, monkeypatch, capsys):
-    """As XLA does now and then: what the handler raises never arrives."""
+@pytest.mark.parametrize("call", [2, 3], ids=["at the end of iteration 0", "before a reflection of iteration 1"])
+def test_a_stop_that_a_library_swallows_ends_the_run_soon(world, tmp_path, monkeypatch, capsys, call):
+    """As XLA does now and then: what the handler raises never arrives. It comes in grading: of val, test, a batch."""
     monkeypatch.setattr(espl, "STOPS", [])
-    run = play(flags(world, tmp_path / "run", save_every=9), 143,
-               grade=lambda *args, grade=espl.grade: (espl.STOPS.append(signal.SIGTERM), grade(*args))[1])
+    grade, calls = espl.grade, itertools.count(1)
+
+    def told(*args):
+        if next(calls) == call:
+            espl.STOPS.append(signal.SIGTERM)
+        return grade(*args)
+
+    run = play(flags(world, tmp_path / "run", save_every=9), 143, grade=told)
+    assert next(calls) == call + 1                                                  # nothing was sampled after it
     assert "interrupted by SIGTERM; continue with" in capsys.readouterr().err
     assert [m["iteration"] for m in metrics(run)] == [0]
     assert [p.name for p in (run.directory / "checkpoints").iterdir()] == ["0"]
@@ -3496,7 +3546,12 @@ def test_a_fingerprint_tells_a_single_bit():
 
 def restored(run):
     with espl.checkpoint_manager(run, "checkpoints") as manager:
-        return espl.restore_checkpoint(run, manager)
+        restore, given_up = manager.restore, []
+        manager.restore = lambda *args, **how: given_up.append(
+            run.policy.theta is run.trainer.opt_state is None) or restore(*args, **how)
+        iteration = espl.restore_checkpoint(run, manager)
+        assert all(given_up)                                                        # nothing is twice in memory
+        return iteration
 
 
 def flip(path):

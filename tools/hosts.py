@@ -9,16 +9,21 @@ import argparse
 import atexit
 import contextlib
 import os
+import pickle
 import re
 import sys
 import threading
+import time
 import traceback
 import warnings
+import zlib
 from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import espl  # noqa: E402  (the very module of the program that loads this)
@@ -71,10 +76,18 @@ def join(seconds: int, how: dict) -> None:
     timer.cancel()
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
-    sys.excepthook = lambda *error: (traceback.print_exception(*error), end(1, "this ends all processes of the run"))
+    sys.excepthook = broken
     over = threading.Event()
     threading.Thread(target=watch, args=[over], daemon=True).start()
     atexit.register(leave, over)
+
+
+def broken(kind, error, trace) -> None:
+    """What no one has caught. In a collective it may be that another process has gone, which `watch` says better."""
+    if issubclass(kind, jax.errors.JaxRuntimeError):
+        time.sleep(3 * LOST_SECONDS)
+    traceback.print_exception(kind, error, trace)
+    end(1, "this ends all processes of the run")
 
 
 def watch(over: threading.Event) -> None:
@@ -96,6 +109,41 @@ def leave(over: threading.Event) -> None:
     """At the end of a run that went well: waits for the others, of which one may be busy with a tracker."""
     ocp.multihost.get_barrier_sync_fn()(key="over", timeout_ms=600_000)
     over.set()
+
+
+def on_host_0(function, *args):
+    """What function(*args) returns or raises on process 0, which alone calls it, on all processes."""
+    result = error = None
+    if jax.process_index() == 0:
+        try:
+            result = function(*args)
+        except Exception as e:
+            known = isinstance(e, (espl.UserError, espl.NoChild))
+            error = e if known else RuntimeError(espl.first_line(e))
+    data = np.frombuffer(pickle.dumps((result, error)), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    length = espl.bucket(size, 4096)  # few lengths, so few programs
+    result, error = pickle.loads(multihost_utils.broadcast_one_to_all(np.resize(data, length)).tobytes())
+    if error:
+        raise error
+    return result
+
+
+def highest(number: int) -> int:
+    """The highest of all processes' numbers."""
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def open_directory(run: espl.Run) -> str:
+    """espl.open_directory on process 0, if all processes run the same there, and see its files. Raises UserError."""
+    problems = [(x.id, x.question, x.answers) for x in (*run.task.train, *run.task.val, *run.task.test)]
+    same = repr((run.config, problems, run.task.texts, run.policy.eos_ids, Path(espl.__file__).read_text()))
+    if zlib.crc32(same.encode()) != on_host_0(lambda: zlib.crc32(same.encode())):
+        raise espl.UserError("flags, problems, texts or code are not those of process 0; start the same on every host")
+    directory = on_host_0(espl.open_directory, run)
+    if not Path(directory, "config.json").is_file():
+        raise espl.UserError(f"--run-dir {directory} is not that of process 0; all hosts must share its file system")
+    return directory
 
 
 def end(code: int, message: str) -> None:
