@@ -2149,7 +2149,8 @@ def on_host_0(function: Callable, *args) -> Any:
 
 
 def stop_if_told() -> None:
-    """Ends the program if it was told to stop; of several processes all, at the same place, if any was told."""
+    """Ends the program if it was told to stop, which libraries swallow now and then (about one Ctrl-C in thirty, while
+    XLA compiles); of several processes all, at the same place, if any was told."""
     told = STOPS[0] if STOPS else 0
     if told := told if jax.process_count() == 1 else from_tools("hosts").highest(told):
         raise KeyboardInterrupt(told)
@@ -2556,15 +2557,13 @@ def not_finite(run: Run, iteration: int, learning: dict, samples: list[Sample]) 
 
 
 def finish_iteration(run: Run, m: dict) -> None:
-    """Ends a run with weights that are not finite, or after five updates in a row that were left out, and five more;
-    or when it was told to stop, where a library has swallowed that (about one Ctrl-C in thirty, while XLA compiles)."""
+    """Ends a run with weights that are not finite, or after five updates in a row that were left out, and five more."""
     bad = m.get("not_finite", {"weights": 0, "updates": 0})
     run.finished = -1 if bad["weights"] else m["iteration"]  # -1: no checkpoint of such weights
     if bad["weights"] or bad["updates"] and bad["updates"] % 5 == 0:
         raise UserError(f"{bad['weights']} weights, and the gradients of {bad['updates']} updates in a row, are nan or "
                         f"infinite (rollouts: {run.directory / 'not_finite.jsonl'}); lower --learning-rate in a new run"
                         f", or continue with: python espl.py --resume {run.directory}")
-    stop_if_told()
 
 
 # ---- The screen and the program
