@@ -1256,6 +1256,7 @@ class ModelConfig:
     lora_rank: int = 0               # R; 0 = no adapter, every weight is trained
     lora_alpha: float = 32.0
     split_length: bool = False       # too large for a copy on each device along data: the cache is split by length
+    flash: str = ""                  # the platform whose fused kernel attends long sequences without a cache
 
 
 class Linear(nnx.Module):
@@ -1339,6 +1340,52 @@ def attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, key_position_BS, window
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+def flash_attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, _, window, cfg: ModelConfig):
+    """`attention` by a kernel that keeps scores out of memory, of T consecutive tokens to a row's prompt and themselves.
+
+    Such kernels are causal by index. So tokens move to their positions: a row's own keys, the last T, follow those of
+    its prompt at once, and padding comes last, where no token sees it.
+    """
+    B, T, N, H = q_BTNH.shape
+    mesh, windows = jax.sharding.get_abstract_mesh(), sorted(set(cfg.layer_window))
+    if not mesh.empty and k_BKSH.shape[1] % mesh.shape["model"]:  # a device needs the keys of its queries only
+        k_BKSH, v_BKSH = (jnp.repeat(x, N // x.shape[1], 1) for x in (k_BKSH, v_BKSH))
+
+    def local(q, k, v, start_B, window):  # on one device
+        S = k.shape[2] + -k.shape[2] % 512
+        place = jax.vmap(lambda row, x, i: jax.lax.dynamic_update_slice_in_dim(row, x, i, 1))
+        empty = lambda x, before: jnp.pad(before, ((0, 0), (0, 0), (0, S - before.shape[2]), (0, 0)))
+        q = place(empty(q, q[:, :, :0]), q, start_B)
+        k, v = (place(empty(x, x[:, :, :-T]), x[:, :, -T:], start_B) for x in (k, v))
+        out = jax.lax.switch(jnp.searchsorted(jnp.array(windows), window),
+                             [partial(flash_kernel, window=w, cfg=cfg) for w in windows], q, k, v)
+        return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, T, 1))(out, start_B)
+
+    args = q_BTNH.swapaxes(1, 2), k_BKSH, v_BKSH, query_position_BT[:, 0], window
+    if not mesh.empty:  # kernels are not laid out by the compiler
+        specs = [fit_spec(spec, x.shape, mesh) for x, spec in zip(args, (*[P("data", "model")] * 3, P("data"), P()))]
+        local = jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+    return local(*args).swapaxes(1, 2)
+
+
+def flash_kernel(q_BNSH, k_BKSH, v_BKSH, window: int, cfg: ModelConfig):
+    """Causal attention by index to the last `window` keys: cuDNN's on GPUs, on TPUs (or interpreted, to test it)
+    JAX's splash attention."""
+    if cfg.flash == "gpu":
+        out = jax.nn.dot_product_attention(
+            *(x.swapaxes(1, 2) for x in (q_BNSH, k_BKSH, v_BKSH)), scale=cfg.attention_scale, is_causal=True,
+            local_window_size=None if window == PAD_POSITION else (window - 1, 0), implementation="cudnn")
+        return out.swapaxes(1, 2)
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        BlockSizes, CausalMask, LocalMask, MultiHeadMask, make_splash_mha)
+    shape = (q_BNSH.shape[2],) * 2
+    mask = CausalMask(shape) if window == PAD_POSITION else LocalMask(shape, (window - 1, 0), 0)
+    sizes = BlockSizes(**{f"block_{name}": 512 for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")})
+    kernel = make_splash_mha(MultiHeadMask([mask] * q_BNSH.shape[1]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+                             interpret=cfg.flash != "tpu")
+    return jax.vmap(kernel)(q_BNSH * jnp.asarray(cfg.attention_scale, q_BNSH.dtype), k_BKSH, v_BKSH)
+
+
 class Block(nnx.Module):
     """One layer: attention and gated MLP, each on a normed residual stream."""
 
@@ -1373,7 +1420,8 @@ class Block(nnx.Module):
         elif prefix is not None:
             k, v = (jnp.concatenate(x, 2) for x in zip(prefix[:2], new))
             key_position_BS = jnp.concatenate([prefix[2], position_BT], 1)
-        h = self.o_proj(attention(q, k, v, position_BT, key_position_BS, window, cfg).reshape(B, T, -1))
+        attend = flash_attention if cfg.flash and cache is None and T > 512 else attention
+        h = self.o_proj(attend(q, k, v, position_BT, key_position_BS, window, cfg).reshape(B, T, -1))
         x_BTD = x_BTD + (self.attention_post_norm(h) if cfg.post_norms else h)
         h = self.mlp_norm(x_BTD)
         h = self.down_proj(getattr(jax.nn, cfg.activation)(self.gate_proj(h)) * self.up_proj(h))
@@ -1412,7 +1460,8 @@ class Transformer(nnx.Module):
     def __call__(self, token_BT, position_BT, prefix=None, cache=None, layers=None, row_ZR=None, remat=""):
         """Final hidden states [B, T, D], and these tokens' keys and values, stacked: [L, B, K, T, H].
 
-        Padding, left or right, is any token at PAD_POSITION. Queries see the given tokens and either of
+        Padding is any token at PAD_POSITION, behind the others (without cfg.flash also before them). Queries see the
+        given tokens and either of
           prefix: (what an earlier call on prompts returned, their positions [prompts, S], the prompt of each row,
             counted within its shard [shards, rows]);
           cache: keys and values [B, K, S, H] for each layer. The new ones are written into it, and it is returned.
@@ -2264,7 +2313,7 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
     if dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # else a TPU multiplies in bfloat16
     cfg = read_model_config(directory, dtype, c.lora_rank, c.lora_alpha)
-    cfg = fit_layout(cfg, mesh, device_memory()["bytes_limit"])
+    cfg = checked_flash(fit_layout(cfg, mesh, device_memory()["bytes_limit"]))
     with explained(f"cannot read the tokenizer in {directory}"):
         tokenizer = AutoTokenizer.from_pretrained(directory)
     if c.context > cfg.max_context:
@@ -2292,9 +2341,43 @@ def shard_bytes(tree, mesh, sampler: ModelConfig | None = None) -> int:
 
 
 def fit_layout(cfg: ModelConfig, mesh, memory: float) -> ModelConfig:
-    """Decides split_length: whether whole layers on each device along data would take over two fifths of its memory."""
+    """Decides split_length (whether whole layers on each device along data would take over two fifths of its memory)
+    and flash (which kernel of fused attention there is for such devices, heads and numbers)."""
     weights = jax.eval_shape(lambda: nnx.state(Transformer(cfg, nnx.Rngs(0))))
-    return dataclasses.replace(cfg, split_length=shard_bytes(weights, mesh, cfg) > 0.4 * memory)
+    platform = mesh.devices.flat[0].platform
+    fused = cfg.dtype == "bfloat16" and not cfg.attention_cap and cfg.head_dim in {
+        "gpu": (64, 128), "tpu": (64, 128, 256)}.get(platform, ())
+    return dataclasses.replace(cfg, split_length=shard_bytes(weights, mesh, cfg) > 0.4 * memory,
+                               flash=platform if fused else "")
+
+
+def checked_flash(cfg: ModelConfig) -> ModelConfig:
+    """cfg, without `flash` if on these devices its kernel fails, or differs in values or gradients from `attention`."""
+    if not cfg.flash:
+        return cfg
+    B, T, S, N, K, H = jax.device_count(), 512, 64, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    own = jnp.broadcast_to(9 + jnp.arange(T), (B, T))  # positions, behind a prompt of 9 tokens
+    keys = jnp.concatenate([jnp.broadcast_to(jnp.r_[:9, [PAD_POSITION] * (S - 9)], (B, S)), own], 1)
+
+    @jax.jit
+    def difference():
+        shapes = (B, T, N, H), (B, K, S + T, H), (B, K, S + T, H), (B, T, N, H)
+        *qkv, g = (jax.random.normal(jax.random.key(i), shape, cfg.dtype) for i, shape in enumerate(shapes))
+
+        def values(attend, window):
+            out, pull = jax.vjp(lambda *qkv: attend(*qkv, own, keys, window, cfg), *qkv)
+            return [x.astype(jnp.float32) for x in (out, *pull(g))]
+        pairs = [pair for w in map(jnp.int32, set(cfg.layer_window))
+                 for pair in zip(values(flash_attention, w), values(attention, w))]
+        return jnp.max(jnp.stack([jnp.linalg.norm(x - y) / jnp.linalg.norm(y) for x, y in pairs]))
+    try:
+        if (d := float(difference())) < 0.03:  # where bfloat16 alone rounds it is .003
+            return cfg
+        reason = f"it differs by {d:.2g}"
+    except Exception as e:
+        reason = first_line(e)
+    warn(f"fused attention is not used ({reason}): long sequences take more time")
+    return dataclasses.replace(cfg, flash="")
 
 
 def token_bytes(cfg: ModelConfig, mesh) -> float:
@@ -2687,7 +2770,8 @@ def main(argv: list[str] | None = None) -> int:
         first, last = (rows_for(run.policy, 2**30, cache_length(run.policy, n)) for n in lengths)
         print(f"{c.mode} on {task.name}: {len(task.train)} training, {len(task.val)} validation, {len(task.test)} test "
               f"problems, {last_iteration(run)} iterations\n{c.model} "
-              f"({cfg.dtype}, {f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}) on "
+              f"({cfg.dtype}, {f'LoRA rank {cfg.lora_rank}' if cfg.lora_rank else 'all weights'}"
+              f"{', fused attention' * bool(cfg.flash)}) on "
               f"{len(jax.devices())} {jax.default_backend()} device(s), up to {first} rollouts at once"
               f"{f', {last} of the longest' * (last < first)}\nwriting {run.directory}", flush=True)
         train(run)

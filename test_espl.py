@@ -66,6 +66,7 @@ import pytest
 import scipy.stats
 import trueskill
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from scipy import stats
@@ -1160,6 +1161,53 @@ def test_the_cache_stays_sharded_and_where_it_is(data, model, split_length):
                 assert sent(compiled) < 20_000  # activations of 16 rows and scores of blocks; the cache has a megabyte
 
 
+def test_fused_attention_has_the_gradient_of_attention(monkeypatch):
+    rng, mesh = np.random.default_rng(0), make_mesh(2, 4)  # 2 key/value heads over 4 devices
+    draw = lambda n: rng.integers(3, V, n).tolist()
+    prompts = [draw(1), draw(9), draw(65)]  # nothing before the row itself, and more than the least prefix
+    samples = [espl.Sample(prompts[i], draw(n), rng.normal(-4, 1, n).tolist(), a)
+               for i, n, a in [(0, 520, 1.0), (1, 1024, -0.7), (1, 600, 0.3), (2, 900, 1.0)]]
+    with jax.set_mesh(mesh):
+        used, kernel, gradients = [], espl.flash_kernel, []
+        monkeypatch.setattr(espl, "flash_kernel", lambda *args, **kw: used.append(kw["window"]) or kernel(*args, **kw))
+        for flash in ("interpret", ""):  # Pallas's interpreter, then `attention`
+            policy = on_mesh(tiny_policy(3, noise=0.1, mesh=mesh, sharpness=2.0, flash=flash), mesh)
+            total = espl.zeros_like(policy.theta)
+            for batch in espl.microbatches(samples, 8192, 2):
+                total, _ = espl.add_gradient(total, policy.theta, policy.theta_ref, policy.graphdef, policy.frozen,
+                                             batch, 4, espl.Objective(), "layer")
+            gradients.append(total)
+            assert set(used) == {6, espl.PAD_POSITION}
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradients[0]), jax.tree.leaves(gradients[1])):
+            assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b), path
+
+
+def test_fused_attention_is_tried_before_it_is_used(monkeypatch, capsys):
+    with jax.set_mesh(make_mesh(1, 2)):
+        cfg = dataclasses.replace(tiny_policy().cfg, dtype="bfloat16", flash="interpret", layer_window=(6, 6))
+        assert espl.checked_flash(cfg) == cfg and capsys.readouterr().err == ""
+        for flash, reason in (("gpu", "cuDNN"), ("tpu", "interpret mode")):  # there is neither
+            assert espl.checked_flash(dataclasses.replace(cfg, flash=flash)).flash == ""
+            assert re.search(f"warning: fused attention is not used .*{reason}", capsys.readouterr().err)
+        kernel = espl.flash_kernel
+        for wrong in (lambda *x, window, cfg: kernel(*x, window=espl.PAD_POSITION, cfg=cfg),
+                      lambda *x, window, cfg: kernel(*map(jax.lax.stop_gradient, x), window=window, cfg=cfg)):
+            monkeypatch.setattr(espl, "flash_kernel", wrong)
+            assert espl.checked_flash(cfg).flash == "" and "it differs by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("platform, head_dim, changes, expected", [
+    ("gpu", 128, {}, "gpu"), ("tpu", 256, {}, "tpu"), ("cpu", 128, {}, ""), ("gpu", 256, {}, ""), ("tpu", 80, {}, ""),
+    ("gpu", 128, {"dtype": "float32"}, ""), ("tpu", 128, {"attention_cap": 50.0}, "")])
+def test_where_attention_is_fused(platform, head_dim, changes, expected, policy):
+    device = SimpleNamespace(platform=platform)
+    mesh = SimpleNamespace(devices=np.array([[device]]), shape={"data": 1, "model": 1})
+    cfg = dataclasses.replace(policy.cfg, head_dim=head_dim, **{"dtype": "bfloat16"} | changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(espl, "shard_bytes", lambda *_: 0)
+        assert espl.fit_layout(cfg, mesh, 1e9).flash == expected
+
+
 def test_gradient_and_moments_are_sharded_as_the_weights():
     mesh = make_mesh(4, 2)
     with jax.set_mesh(mesh):
@@ -1249,7 +1297,7 @@ def test_plan_agrees_with_a_real_run(tmp_path, monkeypatch):
         assert p["beside"] + p["arguments"] == pytest.approx(alive, rel=0.15), step
 
 
-def test_every_step_lowers_for_every_platform():
+def test_every_step_lowers_for_every_platform(monkeypatch):
     with jax.set_mesh(make_mesh()):
         policy = tiny_policy(4, dtype="bfloat16")
         optimizer = optax.adam(1e-3)
@@ -1263,6 +1311,18 @@ def test_every_step_lowers_for_every_platform():
                                            policy.theta))}
         for name, (f, args) in steps.items():
             assert f.trace(*args).lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text(), name
+
+        [batch] = espl.microbatches([espl.Sample([1, 2], [3] * 600, [-1.0] * 600, 1.0)], 1024, 1)
+        monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions",  # cuDNN is asked for its version
+                            SimpleNamespace(cudnn_get_version=lambda: 91000))
+        for flash, platform, kernel in (("gpu", "cuda", "cudnn$fmha"), ("tpu", "tpu", "tpu_custom_call")):
+            policy = tiny_policy(4, dtype="bfloat16", head_dim=64, flash=flash,
+                                 rope_frequencies=(espl.rope_frequencies({"rope_theta": 1e4}, 64),))
+            prompt = np.zeros((1, 1024), np.int32)
+            for f, args in ((espl.prefill, (policy.graphdef, policy.theta, policy.frozen, prompt, prompt)),
+                            (espl.add_gradient, (policy.theta, policy.theta, policy.theta_ref, policy.graphdef,
+                                                 policy.frozen, batch, 1, objective, "layer"))):
+                assert kernel in f.trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_a_gradient_is_summed_before_it_is_rounded():

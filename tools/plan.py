@@ -52,6 +52,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -294,6 +295,7 @@ def make_mesh(where: str, model_parallel: int) -> Mesh:
         raise espl.UserError(f"--devices {where} needs XLA's compiler for it: pip install {missing}")
     with espl.explained(f"--devices {where}: no such devices", "a TPU is given as v5e:4x4, GPUs as H100:8"):
         if gpu:
+            fused_attention_stablehlo.cuda_versions = SimpleNamespace(cudnn_get_version=lambda: 91000)  # not here either
             target = GPU.format(name=kind, **GPUS[kind], optin=GPUS[kind]["shared"] - 1024)
             devices = topologies.get_topology_desc("", "cuda", target_config=target, topology=f"1x1x{shape}").devices
         else:  # a chip of v4 or v5p is one device; for v4, libtpu must be told
