@@ -958,7 +958,7 @@ def cache_length(policy: Policy, tokens: int) -> int:
 def rows_for(policy: Policy, needed: int, length: int) -> int:
     """How many of the needed rows decode at once in a cache of this length: as memory allows, at least one a shard."""
     most, shards = min(policy.max_rows, policy.cache_tokens // length), row_shards(policy.cfg)
-    return row_count(needed, max(1, most - most % shards), shards, 4 if length <= 1024 else 2)
+    return row_count(needed, max(1, most - most % shards), shards, 4 if length <= 256 else 2)
 
 
 def next_shape(live: list[int], parked: list[int], waiting: int, rows: int, length: int, rows_for, cache_length):
@@ -981,7 +981,7 @@ def next_shape(live: list[int], parked: list[int], waiting: int, rows: int, leng
             return leave, min(rows, rows_for(len(live) + len(parked), longer)), longer
         return leave, rows, length
     fewer = rows_for(len(live), length)
-    return [], fewer if fewer <= rows // (4 if length <= 1024 else 2) else rows, length
+    return [], fewer if fewer <= rows // (4 if length <= 256 else 2) else rows, length
 
 
 def resize(decoder: Decoder, queue) -> None:
