@@ -1341,10 +1341,10 @@ def attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, key_position_BS, window
 
 
 def flash_attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, _, window, cfg: ModelConfig):
-    """`attention` by a kernel that keeps scores out of memory, of T consecutive tokens to a row's prompt and themselves.
+    """`attention` by a kernel that keeps scores out of memory. The keys are those of a row's prompt, then its own T.
 
-    Such kernels are causal by index. So tokens move to their positions: a row's own keys, the last T, follow those of
-    its prompt at once, and padding comes last, where no token sees it.
+    Such kernels are causal by index, so tokens move to their positions: a row's own keys follow those of its prompt at
+    once, and padding comes last, where no token sees it.
     """
     B, T, N, H = q_BTNH.shape
     mesh, windows = jax.sharding.get_abstract_mesh(), sorted(set(cfg.layer_window))
