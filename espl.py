@@ -688,7 +688,7 @@ def rl_update(trainer: Trainer, samples: list[Sample], num_rollouts: int) -> dic
     if not samples:
         return {"skipped": "no rollout with a learning signal"}
     gradient, sums = zeros_like(policy.theta), []
-    batches = list(microbatches(samples, trainer.max_tokens, policy.mesh.shape["data"]))
+    batches = list(microbatches(samples, trainer.max_tokens, policy.mesh.shape["data"], policy.cfg.step))
     remat = cheapest_remat(policy.cfg, policy.mesh, max(b["token"].size + b["prompt"].size for b in batches))
     spread = jax.sharding.NamedSharding(policy.mesh, P("data"))
     for batch in progress(batches, desc="updating"):
@@ -802,7 +802,7 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
     return tuple(x.reshape(-1)[: B * T].reshape(B, T) for x in out)
 
 
-def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
+def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int, step: int = 4):
     """Yields padded batches (`pack`) of at most about max_tokens tokens, in few shapes. Exact for any order and split.
 
     A row is a response, preceded by the last prompt token; the rest of a prompt is in the batch once for all its rows.
@@ -811,14 +811,14 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
     numbers, by_length = {}, {}
     for s in samples:
         numbers.setdefault(tuple(s.prompt), len(numbers))
-        by_length.setdefault(bucket(len(s.tokens), 32), []).append(s)
+        by_length.setdefault(bucket(len(s.tokens), 8 * step), []).append(s)
     S = bucket(max(map(len, numbers)) - 1, 64)
     for T, left in sorted(by_length.items(), reverse=True):
         left.sort(key=lambda s: numbers[tuple(s.prompt)])
         while left:
             for share in (4, 1):  # rows to a prompt: if not at least four on average, as if every row had its own
                 most = max(1, int(max_tokens / (T + S / share)))
-                B = row_count(max(len(left), 1024 // T), most, row_multiple)
+                B = row_count(max(len(left), 1024 // T), most, row_multiple, step)
                 num_prompts, rows = -(-B // share // row_multiple), B // row_multiple  # of a shard
                 parts = [left[i: min(i + rows, B)] for i in range(0, B, rows)]
                 if max(len({tuple(s.prompt) for s in part}) for part in parts) <= num_prompts:
@@ -958,10 +958,10 @@ def cache_length(policy: Policy, tokens: int) -> int:
 def rows_for(policy: Policy, needed: int, length: int) -> int:
     """How many of the needed rows decode at once in a cache of this length: as memory allows, at least one a shard."""
     most, shards = min(policy.max_rows, policy.cache_tokens // length), row_shards(policy.cfg)
-    return row_count(needed, max(1, most - most % shards), shards, 4 if length <= 256 else 2)
+    return row_count(needed, max(1, most - most % shards), shards, policy.cfg.step)
 
 
-def next_shape(live: list[int], parked: list[int], waiting: int, rows: int, length: int, rows_for, cache_length):
+def next_shape(live: list[int], parked: list[int], waiting: int, rows: int, length: int, rows_for, cache_length, step):
     """Which rollouts leave the cache, and its rows and length for the next steps: ([indices in live], rows, length).
 
     live, parked: the tokens that a rollout in the cache, or put aside, will hold then. The cache is as long as its
@@ -981,7 +981,7 @@ def next_shape(live: list[int], parked: list[int], waiting: int, rows: int, leng
             return leave, min(rows, rows_for(len(live) + len(parked), longer)), longer
         return leave, rows, length
     fewer = rows_for(len(live), length)
-    return [], fewer if fewer <= rows // (4 if length <= 256 else 2) else rows, length
+    return [], fewer if fewer <= rows // step else rows, length
 
 
 def resize(decoder: Decoder, queue) -> None:
@@ -990,7 +990,8 @@ def resize(decoder: Decoder, queue) -> None:
     holds = lambda row: min(row.position + DECODE_CHUNK, len(row.prompt) + row.room)
     live = [i for i, row in enumerate(rows) if row]
     leave, B, length = next_shape([holds(rows[i]) for i in live], [holds(row) for row in decoder.parked], len(queue),
-                                  len(rows), decoder.length, partial(rows_for, policy), partial(cache_length, policy))
+                                  len(rows), decoder.length, partial(rows_for, policy), partial(cache_length, policy),
+                                  policy.cfg.step)
     for j in leave:
         decoder.parked.append(rows[live[j]])
         rows[live[j]] = None
@@ -1257,6 +1258,11 @@ class ModelConfig:
     lora_alpha: float = 32.0
     split_length: bool = False       # too large for a copy on each device along data: the cache is split by length
     flash: str = ""                  # the platform whose fused kernel attends long sequences without a cache
+
+    @property
+    def step(self) -> int:
+        """From one number of rows to the next: a tiny model decodes faster than more programs for it compile."""
+        return 4 if self.num_layers * self.model_dim * self.mlp_dim < 2**22 else 2
 
 
 class Linear(nnx.Module):

@@ -659,6 +659,7 @@ def test_sampling_uses_the_adapter(dtype):
     (150, 100, 1, 100), (3, 2, 1, 2), (1, 2, 4, 4), (9, 10, 4, 12), (512, 512, 1, 512), (513, 4096, 1, 2048)])
 def test_row_count(needed, most, multiple, rows):
     assert espl.row_count(needed, most, multiple) == rows
+    assert espl.row_count(15, 64, 1, 2) == 16 and espl.row_count(17, 64, 1, 2) == 32
 
 
 def test_a_response_does_not_depend_on_rows_or_company(policy):
@@ -684,7 +685,8 @@ def test_the_queue_keeps_to_memory_and_lets_no_one_starve(seed):
     rng = np.random.default_rng(seed)
     memory, most = int(rng.integers(3_000, 200_000)), int(rng.integers(1, 300))
     policy = SimpleNamespace(cache_tokens=memory, max_rows=most, context=20_000, cfg=espl.ModelConfig(
-        *[1] * 7, 20_000, 1e-6, ((1.0,),), (0,), (espl.PAD_POSITION,)))
+        1, 1, (1, 2**22)[seed % 2], *[1] * 4, 20_000, 1e-6, ((1.0,),), (0,), (espl.PAD_POSITION,)))
+    assert policy.cfg.step == (4, 2)[seed % 2]
     fits, level = partial(espl.rows_for, policy), partial(espl.cache_length, policy)
     start = rng.integers(1, 400, size=200)
     end, at = np.minimum(start + np.exp(rng.normal(6.5, 1.5, 200)).astype(int) + 1, 20_000), start.copy()
@@ -693,7 +695,8 @@ def test_the_queue_keeps_to_memory_and_lets_no_one_starve(seed):
     rows = fits(200, length)
     holds = lambda who: [int(min(at[i] + 64, end[i])) for i in who]
     while queue or live or parked:
-        leave, rows, longer = espl.next_shape(holds(live), holds(parked), len(queue), rows, length, fits, level)
+        leave, rows, longer = espl.next_shape(holds(live), holds(parked), len(queue), rows, length, fits, level,
+                                               policy.cfg.step)
         assert rows >= 1 and longer >= length and (rows * longer <= memory or rows == 1) and rows <= most
         left.update(live[j] for j in leave)
         parked += [live[j] for j in leave]
@@ -1046,13 +1049,13 @@ def test_a_prompt_is_computed_once_for_all_its_responses(lora_rank):
     assert espl.cheapest_remat(policy.cfg, policy.mesh, 10**10) == "layer"
 
 
-@pytest.mark.parametrize("prompt_length, lengths", [
-    (300, [40] * 20), (2, [10, 60, 200, 500] * 5), (40, [9, 31, 20] * 7)])
-def test_microbatches(prompt_length, lengths, budget=2400):
+@pytest.mark.parametrize("prompt_length, lengths, step", [
+    (300, [40] * 20, 4), (2, [10, 60, 200, 500] * 5, 4), (40, [9, 31, 20] * 7, 4), (40, [9, 31, 14] * 7, 2)])
+def test_microbatches(prompt_length, lengths, step, budget=2400):
     rng, prompts = np.random.default_rng(0), random_prompts(*[prompt_length] * 6)
     samples = [espl.Sample(prompts[i // 4], rng.integers(0, V, n).tolist(), rng.normal(size=n).tolist(), float(i))
                for i, n in enumerate(lengths)]
-    batches, found = list(espl.microbatches(samples, budget, 2)), {}
+    batches, found = list(espl.microbatches(samples, budget, 2, step)), {}
     for b in batches:
         assert b["token"].size + b["prompt"].size <= budget * 1.3
         assert len(b["token"]) % 2 == len(b["prompt"]) % 2 == 0
@@ -1069,6 +1072,7 @@ def test_microbatches(prompt_length, lengths, budget=2400):
     assert len(found) == len(samples) and len({str([x.shape for x in b.values()]) for b in batches}) <= 6
     if prompt_length == 300:
         assert sum(len(b["prompt"]) for b in batches) <= 20 / 2  # not once for every row
+    assert min(b["token"].shape[1] for b in batches) == (64 if prompt_length == 300 else 8 * step)
     if max(lengths) == 500:  # long responses do not make short ones long
         assert sum(b["token"].size for b in batches) < 20 * 512
 
