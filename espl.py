@@ -688,7 +688,7 @@ def rl_update(trainer: Trainer, samples: list[Sample], num_rollouts: int) -> dic
     if not samples:
         return {"skipped": "no rollout with a learning signal"}
     gradient, sums = zeros_like(policy.theta), []
-    batches = list(microbatches(samples, trainer.max_tokens, policy.mesh.shape["data"], policy.cfg.step))
+    batches = list(microbatches(samples, trainer.max_tokens, policy.mesh.shape["data"]))
     remat = cheapest_remat(policy.cfg, policy.mesh, max(b["token"].size + b["prompt"].size for b in batches))
     spread = jax.sharding.NamedSharding(policy.mesh, P("data"))
     for batch in progress(batches, desc="updating"):
@@ -802,7 +802,7 @@ def token_logprobs(model: Transformer, hidden_BTD, target_BT, temperature: float
     return tuple(x.reshape(-1)[: B * T].reshape(B, T) for x in out)
 
 
-def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int, step: int = 4):
+def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
     """Yields padded batches (`pack`) of at most about max_tokens tokens, in few shapes. Exact for any order and split.
 
     A row is a response, preceded by the last prompt token; the rest of a prompt is in the batch once for all its rows.
@@ -811,14 +811,14 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int, step
     numbers, by_length = {}, {}
     for s in samples:
         numbers.setdefault(tuple(s.prompt), len(numbers))
-        by_length.setdefault(bucket(len(s.tokens), 8 * step), []).append(s)
+        by_length.setdefault(bucket(len(s.tokens), 32), []).append(s)
     S = bucket(max(map(len, numbers)) - 1, 64)
     for T, left in sorted(by_length.items(), reverse=True):
         left.sort(key=lambda s: numbers[tuple(s.prompt)])
         while left:
             for share in (4, 1):  # rows to a prompt: if not at least four on average, as if every row had its own
                 most = max(1, int(max_tokens / (T + S / share)))
-                B = row_count(max(len(left), 1024 // T), most, row_multiple, step)
+                B = row_count(max(len(left), 1024 // T), most, row_multiple)
                 num_prompts, rows = -(-B // share // row_multiple), B // row_multiple  # of a shard
                 parts = [left[i: min(i + rows, B)] for i in range(0, B, rows)]
                 if max(len({tuple(s.prompt) for s in part}) for part in parts) <= num_prompts:

@@ -1049,13 +1049,13 @@ def test_a_prompt_is_computed_once_for_all_its_responses(lora_rank):
     assert espl.cheapest_remat(policy.cfg, policy.mesh, 10**10) == "layer"
 
 
-@pytest.mark.parametrize("prompt_length, lengths, step", [
-    (300, [40] * 20, 4), (2, [10, 60, 200, 500] * 5, 4), (40, [9, 31, 20] * 7, 4), (40, [9, 31, 14] * 7, 2)])
-def test_microbatches(prompt_length, lengths, step, budget=2400):
+@pytest.mark.parametrize("prompt_length, lengths", [
+    (300, [40] * 20), (2, [10, 60, 200, 500] * 5), (40, [9, 31, 20] * 7)])
+def test_microbatches(prompt_length, lengths, budget=2400):
     rng, prompts = np.random.default_rng(0), random_prompts(*[prompt_length] * 6)
     samples = [espl.Sample(prompts[i // 4], rng.integers(0, V, n).tolist(), rng.normal(size=n).tolist(), float(i))
                for i, n in enumerate(lengths)]
-    batches, found = list(espl.microbatches(samples, budget, 2, step)), {}
+    batches, found = list(espl.microbatches(samples, budget, 2)), {}
     for b in batches:
         assert b["token"].size + b["prompt"].size <= budget * 1.3
         assert len(b["token"]) % 2 == len(b["prompt"]) % 2 == 0
@@ -1072,7 +1072,6 @@ def test_microbatches(prompt_length, lengths, step, budget=2400):
     assert len(found) == len(samples) and len({str([x.shape for x in b.values()]) for b in batches}) <= 6
     if prompt_length == 300:
         assert sum(len(b["prompt"]) for b in batches) <= 20 / 2  # not once for every row
-    assert min(b["token"].shape[1] for b in batches) == (64 if prompt_length == 300 else 8 * step)
     if max(lengths) == 500:  # long responses do not make short ones long
         assert sum(b["token"].size for b in batches) < 20 * 512
 

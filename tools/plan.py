@@ -141,7 +141,7 @@ def steps(build, cfg, mesh, rows: int, length: int, microbatch_tokens: int, memo
     # The update, as espl.rl_update does it.
     T = length - length // 8
     samples = [espl.Sample([0] * (length // 8), [0] * T, [0.0] * T, 1.0)] * (microbatch_tokens // T + 1)
-    batch = next(espl.microbatches(samples, microbatch_tokens, mesh.shape["data"], cfg.step))
+    batch = next(espl.microbatches(samples, microbatch_tokens, mesh.shape["data"]))
     batch = jax.tree.map(lambda x: host(*x.shape, dtype=x.dtype).update(sharding=NamedSharding(mesh, P("data"))), batch)
     with mock.patch.object(espl, "device_memory", return_value={"bytes_limit": memory}):  # of those planned for
         remat = espl.cheapest_remat(cfg, mesh, microbatch_tokens)
