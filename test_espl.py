@@ -1165,10 +1165,10 @@ def test_the_cache_stays_sharded_and_where_it_is(data, model, split_length):
 
 
 def test_fused_attention_has_the_gradient_of_attention(monkeypatch):
-    """8 heads, and 2 of keys and values, which 4 devices must have copies of; also of a prompt long enough for it."""
+    """8 heads, and 2 of keys and values, which 4 devices must have copies of."""
     rng, mesh = np.random.default_rng(0), make_mesh(2, 4)
     draw = lambda n: rng.integers(3, V, n).tolist()
-    prompts = [draw(1), draw(9), draw(600)]  # the first: nothing before the row itself
+    prompts = [draw(1), draw(9), draw(65)]  # the first: nothing before the row itself
     samples = [espl.Sample(prompts[i], draw(n), rng.normal(-4, 1, n).tolist(), a)
                for i, n, a in [(0, 520, 1.0), (1, 1024, -0.7), (1, 600, 0.3), (2, 900, 1.0)]]
     with jax.set_mesh(mesh):
@@ -1179,13 +1179,23 @@ def test_fused_attention_has_the_gradient_of_attention(monkeypatch):
             policy = on_mesh(tiny_policy(3, noise=0.1, mesh=mesh, sharpness=2.0, flash=flash, num_heads=8,
                                          layer_window=(6, 4096)), mesh)
             total = espl.zeros_like(policy.theta)
-            for batch in espl.microbatches(samples, 8192, 2):
+            for batch in espl.microbatches(samples, 4096, 2):
                 total, _ = espl.add_gradient(total, policy.theta, policy.theta_ref, policy.graphdef, policy.frozen,
                                              batch, 4, espl.Objective(), "layer")
             gradients.append(total)
             assert set(used) == ({6, 4096} if flash else set())
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradients[0]), jax.tree.leaves(gradients[1])):
             assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b), path
+
+
+def test_fused_attention_prefills_long_prompts():
+    token, position = espl.padded([(list(range(3, 43)) * 15, 0)], 1, 1024)
+    outputs = []
+    for flash in ("interpret", ""):
+        policy = tiny_policy(sharpness=2.0, flash=flash)
+        outputs.append(espl.prefill(policy.graphdef, policy.theta, policy.frozen, token, position))
+    for a, b in zip(*outputs):  # the second layer's keys and values are of what the first one attended to
+        assert_close(np.asarray(a)[1, ..., :600, :], np.asarray(b)[1, ..., :600, :], 1e-5)
 
 
 def test_fused_attention_is_tried_before_it_is_used(monkeypatch, capsys):
