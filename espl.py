@@ -1224,6 +1224,7 @@ def nucleus(logits_BV, top_p):
 #    The truth for every number here is transformers' modeling_*.py (tested to 1e-4).
 # ======================================================================================================================
 
+BLOCK = 512           # queries of a longer sequence are attended in blocks of so many
 PAD_POSITION = 2**30  # a padding token's position: later than every query, so no real token ever attends to it
 FAMILIES = ("llama", "gemma2", "gemma3_text", "qwen2", "qwen3")  # values of model_type in config.json
 
@@ -1257,7 +1258,7 @@ class ModelConfig:
     lora_rank: int = 0               # R; 0 = no adapter, every weight is trained
     lora_alpha: float = 32.0
     split_length: bool = False       # too large for a copy on each device along data: the cache is split by length
-    flash: str = ""                  # the platform whose fused kernel attends long sequences without a cache
+    flash: str = ""                  # the platform whose fused kernel attends long sequences (tools/flash.py); "": none
 
     @property
     def step(self) -> int:
@@ -1331,9 +1332,9 @@ def rotate(x_BTNH, cos_BTH, sin_BTH):
 def attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, key_position_BS, window, cfg: ModelConfig):
     """Causal grouped-query attention by position: a query at p sees the keys at positions in (p - window, p]."""
     B, T, N, H = q_BTNH.shape
-    if T > 512:  # long sequences: queries in blocks, recomputed in the backward pass, so that [T, S] is never stored
-        q = jnp.pad(q_BTNH, ((0, 0), (0, -T % 512), (0, 0), (0, 0))).reshape(B, -1, 512, N, H).swapaxes(0, 1)
-        p = jnp.pad(query_position_BT, ((0, 0), (0, -T % 512))).reshape(B, -1, 512).swapaxes(0, 1)
+    if T > BLOCK:  # long sequences: queries in blocks, recomputed in the backward pass, so that [T, S] is never stored
+        q = jnp.pad(q_BTNH, ((0, 0), (0, -T % BLOCK), (0, 0), (0, 0))).reshape(B, -1, BLOCK, N, H).swapaxes(0, 1)
+        p = jnp.pad(query_position_BT, ((0, 0), (0, -T % BLOCK))).reshape(B, -1, BLOCK).swapaxes(0, 1)
         block = jax.checkpoint(lambda x: attention(x[0], k_BKSH, v_BKSH, x[1], key_position_BS, window, cfg))
         return jax.lax.map(block, (q, p)).swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
     q_BTKGH = q_BTNH.reshape(B, T, cfg.num_kv_heads, -1, H)
@@ -1345,55 +1346,6 @@ def attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, key_position_BS, window
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v_BKSH.dtype)
     out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)  # in this order: XLA on CPUs is slow in others
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def flash_attention(q_BTNH, k_BKSH, v_BKSH, query_position_BT, _, window, cfg: ModelConfig):
-    """`attention` by a kernel that keeps scores out of memory. The keys are those of a row's prompt, then its own T.
-
-    Such kernels are causal by index, so tokens move to their positions: a row's own keys follow those of its prompt at
-    once, and padding comes last, where no token sees it.
-    """
-    T, N, K = *q_BTNH.shape[1:3], k_BKSH.shape[1]
-    mesh, windows = jax.sharding.get_abstract_mesh(), sorted(set(cfg.layer_window))
-    if not mesh.empty and N % mesh.shape["model"] == 0 != K % mesh.shape["model"]:  # a head's keys beside its queries
-        copies = mesh.shape["model"] // math.gcd(K, mesh.shape["model"])
-        copies = copies if N % (K * copies) == 0 else N // K
-        k_BKSH, v_BKSH = (jnp.repeat(x, copies, 1) for x in (k_BKSH, v_BKSH))
-
-    def local(q, k, v, start_B, window):  # on one device
-        S = k.shape[2] + -k.shape[2] % 512
-        place = jax.vmap(lambda row, x, i: jax.lax.dynamic_update_slice_in_dim(row, x, i, 1))
-        empty = lambda x, before: jnp.pad(before, ((0, 0), (0, 0), (0, S - before.shape[2]), (0, 0)))
-        q = place(empty(q, q[:, :, :0]), q, start_B)
-        k, v = (place(empty(x, x[:, :, :-T]), x[:, :, -T:], start_B) for x in (k, v))
-        out = jax.lax.switch(jnp.searchsorted(jnp.array(windows), window),
-                             [partial(flash_kernel, window=w, cfg=cfg) for w in windows], q, k, v)
-        return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, T, 1))(out, start_B)
-
-    args = q_BTNH.swapaxes(1, 2), k_BKSH, v_BKSH, query_position_BT[:, 0], window
-    if not mesh.empty:  # kernels are not laid out by the compiler
-        specs = [fit_spec(spec, x.shape, mesh) for x, spec in zip(args, (*[P("data", "model")] * 3, P("data"), P()))]
-        local = jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
-    return local(*args).swapaxes(1, 2)
-
-
-def flash_kernel(q_BNSH, k_BKSH, v_BKSH, window: int, cfg: ModelConfig):
-    """Causal attention by index to the last `window` keys: cuDNN's on GPUs, on TPUs (or interpreted, to test it)
-    JAX's splash attention."""
-    everything = window >= q_BNSH.shape[2]
-    if cfg.flash == "gpu":
-        out = jax.nn.dot_product_attention(
-            *(x.swapaxes(1, 2) for x in (q_BNSH, k_BKSH, v_BKSH)), scale=cfg.attention_scale, is_causal=True,
-            local_window_size=None if everything else (window - 1, 0), implementation="cudnn")
-        return out.swapaxes(1, 2)
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        BlockSizes, CausalMask, LocalMask, MultiHeadMask, make_splash_mha)
-    shape = (q_BNSH.shape[2],) * 2
-    mask = CausalMask(shape) if everything else LocalMask(shape, (window - 1, 0), 0)
-    sizes = BlockSizes(**{f"block_{name}": 512 for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")})
-    kernel = make_splash_mha(MultiHeadMask([mask] * q_BNSH.shape[1]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-                             interpret=cfg.flash != "tpu")
-    return jax.vmap(kernel)(q_BNSH * jnp.asarray(cfg.attention_scale, q_BNSH.dtype), k_BKSH, v_BKSH)
 
 
 class Block(nnx.Module):
@@ -1430,7 +1382,7 @@ class Block(nnx.Module):
         elif prefix is not None:
             k, v = (jnp.concatenate(x, 2) for x in zip(prefix[:2], new))
             key_position_BS = jnp.concatenate([prefix[2], position_BT], 1)
-        attend = flash_attention if cfg.flash and cache is None and T > 512 else attention
+        attend = from_tools("flash").attention if cfg.flash and cache is None and T > BLOCK else attention
         h = self.o_proj(attend(q, k, v, position_BT, key_position_BS, window, cfg).reshape(B, T, -1))
         x_BTD = x_BTD + (self.attention_post_norm(h) if cfg.post_norms else h)
         h = self.mlp_norm(x_BTD)
@@ -2327,7 +2279,8 @@ def load_model(c: Config) -> tuple[Policy, Chat]:
     if dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # else a TPU multiplies in bfloat16
     cfg = read_model_config(directory, dtype, c.lora_rank, c.lora_alpha)
-    cfg = checked_flash(fit_layout(cfg, mesh, device_memory()["bytes_limit"]))
+    cfg = fit_layout(cfg, mesh, device_memory()["bytes_limit"])
+    cfg = from_tools("flash").checked(cfg) if cfg.flash else cfg
     with explained(f"cannot read the tokenizer in {directory}"):
         tokenizer = AutoTokenizer.from_pretrained(directory)
     if c.context > cfg.max_context:
@@ -2356,52 +2309,10 @@ def shard_bytes(tree, mesh, sampler: ModelConfig | None = None) -> int:
 
 def fit_layout(cfg: ModelConfig, mesh, memory: float) -> ModelConfig:
     """Decides split_length (whether whole layers on each device along data would take over two fifths of its memory)
-    and flash (which kernel of fused attention there is for such devices, heads and numbers)."""
+    and flash."""
     weights = jax.eval_shape(lambda: nnx.state(Transformer(cfg, nnx.Rngs(0))))
-    platform = mesh.devices.flat[0].platform
-    fused = cfg.dtype == "bfloat16" and not cfg.attention_cap and cfg.head_dim in {
-        "gpu": (64, 128), "tpu": (64, 128, 256)}.get(platform, ())
     return dataclasses.replace(cfg, split_length=shard_bytes(weights, mesh, cfg) > 0.4 * memory,
-                               flash=platform if fused else "")
-
-
-def checked_flash(cfg: ModelConfig) -> ModelConfig:
-    """cfg, without `flash` if on these devices its kernel fails, or differs in values or gradients from `attention`."""
-    if not cfg.flash:
-        return cfg
-    # Windows of a thousand tokens and more would hide an error of one.
-    windows = tuple(w if w == PAD_POSITION else min(w, 100) for w in cfg.layer_window)
-    small = dataclasses.replace(cfg, layer_window=windows)
-    B, T, S, N, K, H = jax.device_count(), 1024, 64, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    own = jnp.broadcast_to(9 + jnp.arange(T), (B, T))  # positions, behind a prompt of 9 tokens
-    keys = jnp.concatenate([jnp.broadcast_to(jnp.r_[:9, [PAD_POSITION] * (S - 9)], (B, S)), own], 1)
-
-    @jax.jit
-    def difference():
-        shapes = (B, T, N, H), (B, K, S + T, H), (B, K, S + T, H), (B, T, N, H)
-        *qkv, g = (jax.random.normal(jax.random.key(i), shape, cfg.dtype) for i, shape in enumerate(shapes))
-
-        def values(attend, window):
-            out, pull = jax.vjp(lambda *qkv: attend(*qkv, own, keys, window, small), *qkv)
-            return [x.astype(jnp.float32) for x in (out, *pull(g))]
-        pairs = [pair for w in map(jnp.int32, sorted(set(windows)))
-                 for pair in zip(values(flash_attention, w), values(attention, w))]
-        return jnp.max(jnp.stack([jnp.linalg.norm(x - y) / jnp.linalg.norm(y) for x, y in pairs]))
-
-    reason = ""
-    try:
-        compiled = difference.lower().compile()
-    except Exception as e:
-        reason = first_line(e)
-    if not highest(bool(reason)):  # what one process cannot do, none does
-        differ = math.inf
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            differ = float(compiled())
-        reason = "" if differ < 0.03 else f"it differs by {differ:.2g}"  # by .003 where bfloat16 alone rounds
-        if not reason:
-            return cfg
-    warn(f"fused attention is not used ({reason or 'another process has none'}): long sequences take more time")
-    return dataclasses.replace(cfg, flash="")
+                               flash=from_tools("flash").choose(cfg, mesh) if TOOLS.is_dir() else "")
 
 
 def token_bytes(cfg: ModelConfig, mesh) -> float:

@@ -1164,6 +1164,10 @@ def test_the_cache_stays_sharded_and_where_it_is(data, model, split_length):
                 assert sent(compiled) < 20_000  # activations of 16 rows and scores of blocks; the cache has a megabyte
 
 
+FLASH = espl.from_tools("flash")
+use_kernel = lambda patch, kernel: patch.setitem(FLASH.attention.__globals__, "kernel", kernel)
+
+
 def test_fused_attention_has_the_gradient_of_attention(monkeypatch):
     """8 heads, and 2 of keys and values, which 4 devices must have copies of."""
     rng, mesh = np.random.default_rng(0), make_mesh(2, 4)
@@ -1172,8 +1176,8 @@ def test_fused_attention_has_the_gradient_of_attention(monkeypatch):
     samples = [espl.Sample(prompts[i], draw(n), rng.normal(-4, 1, n).tolist(), a)
                for i, n, a in [(0, 520, 1.0), (1, 1024, -0.7), (1, 600, 0.3), (2, 900, 1.0)]]
     with jax.set_mesh(mesh):
-        used, kernel, gradients = [], espl.flash_kernel, []
-        monkeypatch.setattr(espl, "flash_kernel", lambda *args, **kw: used.append(kw["window"]) or kernel(*args, **kw))
+        used, kernel, gradients = [], FLASH.kernel, []
+        use_kernel(monkeypatch, lambda *args, **kw: used.append(kw["window"]) or kernel(*args, **kw))
         for flash in ("interpret", ""):  # Pallas's interpreter, then `attention`
             used.clear()
             policy = on_mesh(tiny_policy(3, noise=0.1, mesh=mesh, sharpness=2.0, flash=flash, num_heads=8,
@@ -1201,16 +1205,15 @@ def test_fused_attention_prefills_long_prompts():
 def test_fused_attention_is_tried_before_it_is_used(monkeypatch, capsys):
     with jax.set_mesh(make_mesh(1, 2)):
         cfg = dataclasses.replace(tiny_policy().cfg, dtype="bfloat16", flash="interpret", layer_window=(1024, 1024))
-        assert espl.checked_flash(cfg) == cfg and capsys.readouterr().err == ""
+        assert FLASH.checked(cfg) == cfg and capsys.readouterr().err == ""
         for flash, reason in (("gpu", "cuDNN"), ("tpu", "interpret mode")):  # there is neither
-            assert espl.checked_flash(dataclasses.replace(cfg, flash=flash)).flash == ""
+            assert FLASH.checked(dataclasses.replace(cfg, flash=flash)).flash == ""
             assert re.search(f"warning: fused attention is not used .*{reason}", capsys.readouterr().err)
-        kernel = espl.flash_kernel
-        monkeypatch.setattr(espl, "flash_kernel", lambda *x, window, cfg: kernel(*x, window=window + 1, cfg=cfg))
-        assert espl.checked_flash(cfg).flash == "" and "it differs by 0.0" in capsys.readouterr().err
-        monkeypatch.setattr(espl, "flash_kernel", kernel)
+        use_kernel(monkeypatch, lambda *x, window, cfg: FLASH.kernel(*x, window=window + 1, cfg=cfg))
+        assert FLASH.checked(cfg).flash == "" and "it differs by 0.0" in capsys.readouterr().err
+        use_kernel(monkeypatch, FLASH.kernel)
         monkeypatch.setattr(espl, "highest", lambda failed: True)
-        assert espl.checked_flash(cfg).flash == "" and "another process has none" in capsys.readouterr().err
+        assert FLASH.checked(cfg).flash == "" and "another process has none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("platform, head_dim, changes, expected", [

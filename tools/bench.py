@@ -86,7 +86,8 @@ def load(args) -> tuple[espl.Policy, Path]:
             cfg = espl.read_model_config(str(directory), args.dtype)
             save_weights(directory, nnx.split(espl.Transformer(cfg, nnx.Rngs(0)), nnx.Param)[1], cfg)
     cfg = espl.read_model_config(str(directory), args.dtype, args.lora_rank)
-    cfg = espl.checked_flash(espl.fit_layout(cfg, mesh, espl.device_memory()["bytes_limit"]))
+    cfg = espl.fit_layout(cfg, mesh, espl.device_memory()["bytes_limit"])
+    cfg = espl.from_tools("flash").checked(cfg) if cfg.flash else cfg
     if args.vs or args.model not in SHAPES:
         policy = espl.load_policy(str(directory), cfg, mesh)
     else:
@@ -354,7 +355,8 @@ def main() -> int:
         peak = memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
         theirs = bench_hf(args, directory, prompts) if args.vs else {}
     print(f"{args.model}, {args.dtype}, {f'LoRA rank {args.lora_rank}' if args.lora_rank else 'all weights'}, "
-          f"{jax.default_backend()}{', fused attention' * bool(policy.cfg.flash)}; peak memory {peak:.1f} GB; {len(built)} programs compiled in {sum(built):.0f} s\n")
+          f"{jax.default_backend()}{', fused attention' * bool(policy.cfg.flash)}; peak memory {peak:.1f} GB; "
+          f"{len(built)} programs compiled in {sum(built):.0f} s\n")
     print("| | | of the limit |" + (" transformers, torch | ratio |" if theirs else ""))
     print("| --- | --- | --- |" + (" --- | --- |" if theirs else ""))
     for name, (value, unit, share) in ours.items():

@@ -174,7 +174,8 @@ def simulate_queue(cfg, mesh, lengths: list[int], kind: str, memory: float, prom
     length = level(prompt + chunk)
     rows, steps, seconds, again, shapes = fits(len(queue), length), 0, 0.0, 0, set()
     while queue or live or parked:
-        leave, rows, longer = espl.next_shape(holds(live), holds(parked), len(queue), rows, length, fits, level, cfg.step)
+        leave, rows, longer = espl.next_shape(holds(live), holds(parked), len(queue), rows, length, fits, level,
+                                              cfg.step)
         parked += [live[i] for i in leave]
         live = [x for i, x in enumerate(live) if i not in leave]
         if longer > length:
@@ -295,7 +296,8 @@ def make_mesh(where: str, model_parallel: int) -> Mesh:
         raise espl.UserError(f"--devices {where} needs XLA's compiler for it: pip install {missing}")
     with espl.explained(f"--devices {where}: no such devices", "a TPU is given as v5e:4x4, GPUs as H100:8"):
         if gpu:
-            fused_attention_stablehlo.cuda_versions = SimpleNamespace(cudnn_get_version=lambda: 91000)  # not here either
+            # cuDNN is not here either, but jax asks for its version.
+            fused_attention_stablehlo.cuda_versions = SimpleNamespace(cudnn_get_version=lambda: 91000)
             target = GPU.format(name=kind, **GPUS[kind], optin=GPUS[kind]["shared"] - 1024)
             devices = topologies.get_topology_desc("", "cuda", target_config=target, topology=f"1x1x{shape}").devices
         else:  # a chip of v4 or v5p is one device; for v4, libtpu must be told
