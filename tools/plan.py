@@ -8,6 +8,7 @@
     python tools/plan.py --model Qwen3-1.7B --devices H100:1 --queue              # seconds of sampling, on paper
     python tools/plan.py --model Qwen3-1.7B --devices H100:1 --queue RUN/rollouts.jsonl
     python tools/plan.py --model Llama-3.3-70B --devices v5e:8x8 --model-parallel 8 --iteration   # with what is sent
+    python tools/plan.py --model Qwen3-1.7B --devices v5e:2x2 --length 16384 --attention    # XLA's and the fused kernel
 
 No weights and no accelerator: shapes are compiled, by libtpu (pip install "jax[tpu]") or XLA for CUDA (pip install
 jax-cuda12-plugin), in seconds to minutes a program. Exit status: 0 every step fits, 1 one does not, 2 bad input.
@@ -194,6 +195,26 @@ def simulate_queue(cfg, mesh, lengths: list[int], kind: str, memory: float, prom
         f"{len(lengths)} responses of {min(lengths):,} to {max(lengths):,} tokens, {sum(lengths):,} in all, on "
         f"{kind}: cache of {policy.cache_tokens:,} tokens, {steps:,} steps, {again:,} tokens prefilled again, "
         f"{len(shapes)} shapes, {seconds:.0f} s (an estimate)")
+
+
+def print_attention(cfg, mesh, length: int) -> None:
+    """What a layer's attention takes, forward and backward, on a row of `length` tokens a device.
+
+    Bytes are XLA's own account (on GPUs it gives none), in which a loop counts once and a kernel's operands once: XLA's
+    form is compiled for a block of queries, and multiplied by the number of blocks.
+    """
+    n, N, K, H = mesh.shape["data"], cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    array = lambda *shape, dtype=cfg.dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data")))
+    print(f"| {length:,} tokens, {cfg.flash or 'no kernel'} | GB accessed | GB temporary |\n| --- | --- | --- |")
+    for name, attend, T in (("XLA", espl.attention, min(length, espl.BLOCK)),
+                            ("fused", espl.from_tools("flash").attention, length))[: 2 if cfg.flash else 1]:
+        def both(q, k, v, *positions):
+            out, pull = jax.vjp(lambda *x: attend(*x, *positions, jnp.int32(cfg.layer_window[-1]), cfg), q, k, v)
+            return out, pull(out)
+        positions = [array(n, size, dtype=np.int32) for size in (T, length)]
+        compiled = jax.jit(both).lower(array(n, T, N, H), *[array(n, K, length, H)] * 2, *positions).compile()
+        accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0) * -(-length // T) / 1e9
+        print(f"| {name} | {f'{accessed:.3g}' if accessed else '-'} | {compiled.memory_analysis().temp_size_in_bytes / 1e9:.2g} |")
 
 
 def estimate(cfg, mesh, lengths: list[int], kind: str, memory: float, programs: list[dict], tokens: int) -> str:
@@ -394,6 +415,7 @@ def parse_args():
                         "rollouts.jsonl, or 150 of lognormal length, median 6,000, sigma 0.7, at most 15,000")
     parser.add_argument("--iteration", nargs="?", const="", help="after all else, seconds of an iteration on paper, of "
                         "responses as for --queue")
+    parser.add_argument("--attention", action="store_true", help="only attention to --length tokens, XLA's and fused")
     parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
     args = parser.parse_args()
     if args.table:
@@ -429,6 +451,8 @@ def main() -> int:
         cfg = espl.fit_layout(read_config(args.model, args.dtype, args.lora_rank), mesh, memory)
         if args.queue is not None:
             return print(simulate_queue(cfg, mesh, response_lengths(args.queue), kind, memory)[2]) or 0
+        if args.attention:
+            return print_attention(cfg, mesh, args.length) or 0
         args.data = mesh.shape["data"]
         args.rows = -(-args.rows // args.data) * args.data  # as in a run: so many that the devices share them evenly
         arrays = steps(partial(measure, programs), cfg, mesh, args.rows, args.length, args.microbatch_tokens, memory)
