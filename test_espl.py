@@ -3405,7 +3405,7 @@ def test_failures_that_do_not_end_a_run(world, tmp_path, capsys, part, warning):
                "subprocess": dict(readings=lambda text: [f"{text}x"], subprocess=SimpleNamespace(
                    run=full_disk, TimeoutExpired=subprocess.TimeoutExpired)),
                "draw": dict(draw=fail, generate=reflecting_fails, from_tools=lambda name: SimpleNamespace(
-                   make_table=fail, prepare=lambda argv: (argv, lambda: None)))}
+                   make_table=fail, prepare=lambda argv: (argv, lambda: None), choose=FLASH.choose))}
     run, error = play(flags(world, tmp_path / "run", iterations=1), **patches[part]), capsys.readouterr().err
     assert warning in error and "badly" not in error and run.population[0].history
     if part == "draw":
