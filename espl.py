@@ -315,7 +315,7 @@ def sample_groups(run: Run, pairs: list[tuple[SystemPrompt, Problem, int]], spli
     theta = run.policy.theta_ref if split == "test_before" else run.policy.theta
     with timed(run, "sample" if training else "evaluate"):
         responses = generate(run.policy, theta, prompts, [n for _, _, n in pairs], sampling,
-                             partial(answer_call, run, prompts) if run.task.tools else None)
+                             partial(from_tools("calls").answer_call, run, prompts) if run.task.tools else None)
     run.tokens["rollouts" if training else "evaluation"] += sum(
         p is not None for group in responses for y in group for p in y.logprobs)  # what tools said was not sampled
     with timed(run, "grade" if training else "evaluate"):
@@ -1292,7 +1292,8 @@ class Linear(nnx.Module):
 
 @jax.custom_vjp
 def matmul(x, w):
-    """x W in x's precision, with W's gradient in W's own: it is summed over tokens and devices before it is rounded."""
+    """x W in x's precision. JAX's own gradient of a float32 W would be rounded to x's precision before it is summed
+    over microbatches and devices; `matmul_backward` sums it in W's own."""
     return x @ w.astype(x.dtype)
 
 
@@ -1372,11 +1373,11 @@ class Block(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).swapaxes(1, 2), v.swapaxes(1, 2)
         key_position_BS, new = position_BT, (k, v)
-        if cache is not None:
-            all_ZR = jnp.broadcast_to(jnp.arange(B // (Z := row_shards(cfg, B))), (Z, B // Z))
+        if cache is not None:  # the new ones are written into it, and all that it holds is seen
+            Z = row_shards(cfg, B)
+            into_ZR = jnp.broadcast_to(jnp.arange(B // Z), (Z, B // Z)) if row_ZR is None else row_ZR
             fix = lambda x: constrain(x, *cache_spec(cfg))  # all of them, or the compiler moves the cache in each step
-            new = tuple(fix(write_tokens(fix(old), fix(x), position_BT, all_ZR if row_ZR is None else row_ZR))
-                        for old, x in zip(cache, new))
+            new = tuple(fix(write_tokens(fix(old), fix(x), position_BT, into_ZR)) for old, x in zip(cache, new))
             k, v = new if row_ZR is None else (take_rows(x, row_ZR) for x in new)
             key_position_BS = jnp.broadcast_to(jnp.arange(k.shape[2]), (B, k.shape[2]))
         elif prefix is not None:
@@ -1468,6 +1469,8 @@ class Transformer(nnx.Module):
 
 # ---- Layout on the `data x model` mesh
 
+# Two layouts. At rest, and in updates, a kernel is split over all devices. While sampling it is split along model only,
+# so that a decode step gathers no weights; a model too large for that (cfg.split_length) stays as it is at rest.
 BOTH = ("model", "data")
 SHARDING = (  # path of a weight, or of its gradient or moments -> its axes
     (r"embed|lm_head", P("model", None)),                                   # VD
@@ -1481,8 +1484,7 @@ SHARDING = (  # path of a weight, or of its gradient or moments -> its axes
 
 
 def weight_spec(path: str, sampler: ModelConfig | None = None) -> P:
-    """Axes of the weight at `path`. While sampling a layer is whole on each of the devices along data, unless it is so
-    large that the cache is split by length (cfg.split_length)."""
+    """Axes of the weight at `path`, at rest or, of this model, while sampling."""
     spec = next(s for pattern, s in SHARDING if re.search(pattern, path))
     return P(*("model" if a == BOTH else a for a in spec)) if sampler and not sampler.split_length else spec
 
@@ -1516,9 +1518,11 @@ def fit_spec(spec, shape, mesh) -> P:
 
 
 def row_shards(cfg: ModelConfig, rows: int = 0) -> int:
-    """The parts into which so many rows of a cache (0: as many as it takes) are split on the current mesh."""
+    """Z, the shards of a cache's rows on the current mesh: one for each device along data. rows: of a smaller batch."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or cfg.split_length else math.gcd(rows, mesh.shape["data"])
+    if mesh.empty or cfg.split_length:
+        return 1
+    return math.gcd(rows, mesh.shape["data"]) if rows else mesh.shape["data"]
 
 
 def constrain(x, *spec):
@@ -1637,15 +1641,15 @@ def open_checkpoint(directory: str, named: list[tuple[str, Any]], cfg: ModelConf
     if not tensors:
         raise UserError(f"no *.safetensors in {directory}; convert the checkpoint to safetensors first")
     found = {name: tuple(t.get_shape()) for name, t in tensors.items()}
-    if cfg.tied and found.pop("lm_head.weight", None) and not np.array_equal(  # some checkpoints hold it twice
-            tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
-        raise UserError("lm_head.weight is not embed_tokens.weight; set tie_word_embeddings: false in config.json")
+    twice = cfg.tied and found.pop("lm_head.weight", None)  # some checkpoints hold the table twice
     implied = {name: leaf.shape[path.startswith("layers/"):][:: -1 if path.endswith("kernel") else 1]
                for path, leaf in named for name in tensor_names(path, cfg)}  # torch keeps [out, in]
     for name in sorted(found.keys() | implied.keys()):
         if found.get(name) != implied.get(name):
             raise UserError(f"tensor {name!r} is {found.get(name, 'missing')} in the checkpoint, config.json implies "
                             f"{implied.get(name, 'none')}; are config.json and all its safetensors files there?")
+    if twice and not np.array_equal(tensors["lm_head.weight"][:], tensors["embed_tokens.weight"][:]):
+        raise UserError("lm_head.weight is not embed_tokens.weight; set tie_word_embeddings: false in config.json")
     return tensors
 
 
@@ -1731,7 +1735,6 @@ SLOTS = {  # sections of prompts_seed.txt and the slots each must contain
     "critique": ("problem", "principles", "attempts", "answer"), "aggregate": ("principles", "suggestions"),
     "crossover": ("sets", "wins")}
 DEFAULT_PROMPTS = str(Path(__file__).parent / "prompts_seed.txt")
-TAGS, LONGEST_CALL = re.compile(r"</?tool_(?:call|response)>"), 4_000  # of a tool's call, in characters
 GRADE_SECONDS, GRADE_BYTES, LONGEST_ANSWER = 5, 400 * 2**20, 1_000  # of time, memory and characters, for each answer
 
 
@@ -1791,17 +1794,19 @@ def load_task(c: Config, training: bool = True) -> Task:
         train, test = map(list, own["problems"](c) if "problems" in own and not given else ([], []))
     if tools and "{tools}" not in texts["system"]:
         raise UserError("the section [system] of the prompts file lacks the slot {tools}; put it where it belongs")
-    rng, parts, seen = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)]), [], set()
-    sources = [(c.test_file, test, "--test-file"), (c.train_file, train, "--train-file")]
-    for file, records, flag_name in sources[: 1 + training]:
+    rng = lambda purpose: np.random.default_rng([c.seed, zlib.crc32(purpose)])
+
+    def distinct(file, records, flag_name, taken=()) -> list[Problem]:  # of equal questions the first
         found = read_jsonl(file) if file else [to_problem(r, f"{c.task}:{i}") for i, r in enumerate(records)]
-        new = {x.question: x for x in reversed(found) if x.question not in seen}  # of duplicates the first
+        new = {x.question: x for x in reversed(found) if x.question not in taken}
         if not new:
             where = (file or c.task or "a missing file") + " that is not also a test problem" * bool(found)
             raise UserError(f"there is no problem in {where}; choose another {flag_name}")
-        parts.append(list(new.values())[::-1])
-        seen |= new.keys()  # never train on a test problem
-    test, train = (*parts, [])[:2]
+        return list(new.values())[::-1]
+
+    test = distinct(c.test_file, test, "--test-file")
+    questions = {x.question for x in test}  # never train on a test problem
+    train = distinct(c.train_file, train, "--train-file", questions) if training else []
     test = [test[i] for i in sorted(rng(b"test").permutation(len(test))[: c.test_size or None])]
     train = [train[i] for i in rng(b"split").permutation(len(train))[: c.train_size]]
     held = min(c.val_size, len(train) // 5)
@@ -1852,7 +1857,7 @@ def read_prompts(path: str, task: str = "", own: str = "") -> dict[str, str]:
     general, special = ({name: body.strip() for name, body in re.findall(
         r"^\[([\w.-]+)\][ \t]*$(.*?)(?=^\[[\w.-]+\][ \t]*$|\Z)", source, re.M | re.S)} for source in (text, own))
     with_prefix = lambda prefix: {n.removeprefix(prefix): x for n, x in general.items() if n.startswith(prefix)}
-    found = general | with_prefix("math.") | special | with_prefix(f"{task}.")
+    found = general | with_prefix("math.") | special | with_prefix(f"{task}." if task != "math" else "-")
     for name, slots in SLOTS.items():
         if name not in found:
             raise UserError(f"{path} has no section [math.{name}] or [{name}]; copy it from prompts_seed.txt")
@@ -1869,12 +1874,8 @@ def fill(template: str, slots: dict[str, str]) -> str:
 def system_text(task: Task, principles: list[str]) -> str:
     """The system prompt s as the model reads it. A paragraph of principles or tools is left out where there are none.
     The tools' description stands outside the principles: evolution cannot edit it."""
-    from transformers.utils import get_json_schema
-    tools = []
-    for name, tool in task.tools.items():
-        with explained(f"tool {name}", "give it type hints and a docstring with Args:"):
-            tools.append(json.dumps(get_json_schema(tool)["function"] | {"name": name}))
-    slots = {"principles": listing(numbered(principles)) if principles else "", "tools": "\n".join(tools)}
+    slots = {"principles": listing(numbered(principles)) if principles else "",
+             "tools": from_tools("calls").described(task.tools) if task.tools else ""}
     paragraphs = task.texts["system"].split("\n\n")
     kept = [p for p in paragraphs if all(text for name, text in slots.items() if f"{{{name}}}" in p)]
     return fill("\n\n".join(kept), slots)
@@ -1922,17 +1923,6 @@ class Chat:
             raise UserError("the tokenizer's chat template fails, or loses what it should say; mend chat_template")
         return self.tokenizer(text, add_special_tokens=False).input_ids  # the template wrote BOS itself
 
-    def tool_turn(self, reply: str) -> list[int]:
-        """Token ids of a tool's reply, which end the model's turn and begin its next: in the tool role of the template,
-        or as a user's turn in tags where it has none; without a template only in tags."""
-        reply = reply.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-        reply = self.control.sub(" ", TAGS.sub(" ", reply))  # no text of a tool may end its turn
-        tagged, mark = f"<tool_response>\n{reply}\n</tool_response>", "what the model said"
-        before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
-        turns = {"role": "tool", "content": reply}, {"role": "user", "content": tagged}
-        text = self.render([[*before, turn] for turn in turns], reply) or f"{mark}\n{tagged}\n"
-        return self.tokenizer(text.partition(mark)[2], add_special_tokens=False).input_ids
-
     def text(self, tokens: list[int], prompt: list[int] = (), special: bool = False) -> str:
         """A response as text, with or without special tokens; with the <think> that some templates open for it."""
         opened = self.tokenizer.decode(list(prompt[-8:])).rstrip().endswith("<think>")
@@ -1943,48 +1933,6 @@ def final_text(text: str) -> str:
     """What follows the last </think>, or all of `text` without one; "" while a <think> is still open."""
     tail = text.rpartition("</think>")[2]
     return "" if "<think>" in tail else tail
-
-
-# ---- Tools: functions of keyword arguments that return a text. Signature and docstring are what the model is told.
-
-def answer_call(run: Run, prompts: list[list[int]], g: int, r: Response) -> list[int] | None:
-    """The `environment` of `generate`: if the model's turn holds a call of a tool, cuts the response after it and
-    returns the tokens of the reply, or [] after too many calls."""
-    start, tag = r.turn, "</tool_call>"
-    seen = max(start, len(r.tokens) - DECODE_CHUNK - 16)  # before was looked at before; the tag has under 16 tokens
-    called = lambda end: tag in run.chat.text(r.tokens[seen:end], special=True)
-    if not called(len(r.tokens)):
-        return None
-    end = next(end for end in range(seen + 1, len(r.tokens) + 1) if called(end))
-    del r.tokens[end:], r.logprobs[end:]
-    r.calls += 1
-    if r.calls > run.config.max_tool_calls:
-        r.stop = "calls"
-        return []
-    return run.chat.tool_turn(on_host_0(call_tool, run.task.tools, run.chat.text(
-        r.tokens[start:], r.tokens[:start] or prompts[g], special=True)))
-
-
-def call_tool(tools: dict[str, Callable[..., str]], text: str) -> str:
-    """What a tool replies to the call <tool_call>{"name": …, "arguments": {…}}</tool_call> with which `text`, a turn of
-    the model, ends; of a malformed call, why it is. Never raises."""
-    text = re.sub(r"<think>.*?(</think>|\Z)", lambda m: "" if m[1] else m[0], text, flags=re.S)  # may hold tags
-    before, tag, call = text.partition("</tool_call>")[0].partition("<tool_call>")
-    if not tag:
-        return "Error: </tool_call> without <tool_call> before it."
-    if "<think>" in before.rpartition("</think>")[2]:
-        return "Error: a call inside <think> is not made. Write </think> first."
-    if "<tool_call>" in call or len(call) > LONGEST_CALL:
-        return f"Error: one call in each <tool_call></tool_call>, of at most {LONGEST_CALL} characters."
-    try:
-        match json.loads(call):
-            case {"name": str(name), "arguments": dict(arguments)} if name in tools:
-                return str(tools[name](**arguments))
-            case {"name": str(), "arguments": dict()}:
-                return f"Error: unknown tool. There is: {', '.join(tools)}."
-        return 'Error: write <tool_call>{"name": …, "arguments": {…}}</tool_call>.'
-    except Exception as e:  # of JSON, of the arguments, or of the tool itself
-        return f"Error: {first_line(e)}"
 
 
 # ---- Rewards
@@ -2109,6 +2057,7 @@ MATH_VERIFY_SOURCE = inspect.getsource(math_verify_process)  # now: this file ma
 # ======================================================================================================================
 
 TOOLS = Path(__file__).with_name("tools")  # what the method can do without; loaded where it is called for
+ALONE = not (TOOLS / "evaluate.py").is_file()
 HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
 
 
@@ -2185,7 +2134,8 @@ class Run:
     evaluations: list[dict] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)     # of the current iteration, by phase
     phase: str = "load"                                   # in which it failed
-    finished: int = -1                                    # iteration after which this is the state; -1: none, or in one
+    finished: int = -1                                    # iteration after which this is the state, which may be saved;
+    #                                                       -1 from where one begins to change it until it is logged
     tokens: Counter = field(default_factory=Counter)      # sampled in it: rollouts, reflections, evaluation
     reflector_tokens: int = 0                             # in and out of --reflector URL in the whole run
 
@@ -2211,11 +2161,6 @@ class Run:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)  # no half line, on which the next one would be written
             warn(f"could not write {path}: {first_line(e)}; {len(text):,} characters are lost")
-
-
-def draw(run: Run) -> None:
-    """curves.png, tree.png, tree.svg."""
-    from_tools("report").draw(run.directory)
 
 
 @contextlib.contextmanager
@@ -2258,11 +2203,10 @@ def start_run(c: Config, task: Task | None = None) -> Run:
 def open_directory(run: Run) -> str:
     """Makes the run directory, or reopens it, and starts the tracker."""
     c = run.config
-    given = bool(c.run_dir)
-    c.run_dir = c.run_dir or f"runs/{run.task.name}-{c.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = Path(c.run_dir)
+    directory = Path(c.run_dir or f"runs/{run.task.name}-{c.mode}-{time.strftime('%Y%m%d-%H%M%S')}")
     with explained(f"cannot write --run-dir {directory}"):
-        directory.mkdir(parents=True, exist_ok=given)  # two runs may begin in the same second
+        directory.mkdir(parents=True, exist_ok=bool(c.run_dir))  # two runs may begin in the same second
+        c.run_dir = c.run_dir or str(directory)
         if not c.resume and any(directory.iterdir()):
             raise UserError(f"--run-dir {directory} is not empty; choose another, or continue it with --resume")
         run.tracker = from_tools("track").start(c) if c.track else None
@@ -2312,7 +2256,7 @@ def fit_layout(cfg: ModelConfig, mesh, memory: float) -> ModelConfig:
     and flash."""
     weights = jax.eval_shape(lambda: nnx.state(Transformer(cfg, nnx.Rngs(0))))
     return dataclasses.replace(cfg, split_length=shard_bytes(weights, mesh, cfg) > 0.4 * memory,
-                               flash=from_tools("flash").choose(cfg, mesh) if TOOLS.is_dir() else "")
+                               flash="" if ALONE else from_tools("flash").choose(cfg, mesh))
 
 
 def token_bytes(cfg: ModelConfig, mesh) -> float:
@@ -2409,13 +2353,8 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
             s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
     if run.config.test_greedy:
         result["test_greedy"] = float(np.mean(score(run, s, run.task.test, "test_greedy", iteration)["reward"]))
-    if table and TOOLS.is_dir():
-        try:
-            result["table"] = from_tools("evaluate").make_table(run, iteration, s, scores)
-        except Exception as e:
-            if "RESOURCE_EXHAUSTED" in str(e):
-                raise
-            warn(f"no 2 x 2 table: {first_line(e)}")
+    if table and not ALONE:
+        result |= from_tools("evaluate").tabled(run, iteration, s, scores)
     run.evaluations.append(result)
     if "val" in result and max(run.evaluations, key=lambda e: e["val"]) is result:  # the first of equals
         save_checkpoint(run, iteration, "best")
@@ -2424,12 +2363,11 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
 
 # ---- Checkpoints and logs
 
-def checkpoint_manager(run: Run, name: str, read_only: bool = False) -> ocp.CheckpointManager:
-    """Orbax checkpoints in <run>/<name>, the last two; read_only leaves alone what a run is writing there."""
+def checkpoint_manager(run: Run, name: str) -> ocp.CheckpointManager:
+    """Orbax checkpoints in <run>/<name>, the last two."""
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # hundreds of lines about what orbax also raises
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False) if read_only else ocp.CheckpointManagerOptions(
-        max_to_keep=2, cleanup_tmp_directories=True)  # of a save that failed
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)  # of a save that failed
     return ocp.CheckpointManager((run.directory / name).absolute(), options=options)
 
 
@@ -2453,6 +2391,7 @@ def save_checkpoint(run: Run, iteration: int, name: str = "checkpoints") -> None
 
 bit_sum = jax.jit(lambda tree: sum(jnp.sum(x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32))
                                    for x in jax.tree.leaves(tree)))  # modulo 2^32, in any order and layout
+count_not_finite = jax.jit(lambda tree: sum(jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree)))
 
 
 def fingerprint(weights, loop: dict) -> list[int]:
@@ -2462,29 +2401,29 @@ def fingerprint(weights, loop: dict) -> list[int]:
 
 def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
     """Bring `run` back to its latest whole checkpoint and cut its logs there; returns its iteration, -1: none."""
-    weights = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, weights)
+    like = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     how = ocp.args.Composite(loop=ocp.args.JsonRestore(), weights=ocp.args.StandardRestore(like))
-    steps, done, log = sorted(manager.all_steps()), -1, run.directory / "metrics.jsonl"
-    if steps:  # never twice in memory
-        run.policy.theta = run.trainer.opt_state = weights = None
-    while steps and done < 0:
+    logs = [run.directory / f"{name}.jsonl" for name in ("metrics", "rollouts", "reflections", "not_finite")]
+    for done in sorted(manager.all_steps(), reverse=True):
+        run.policy.theta = run.trainer.opt_state = state = weights = None  # never twice in memory
         try:
-            state = manager.restore(step := steps.pop(), args=how)
+            state = manager.restore(done, args=how)
             weights, loop = state["weights"], state["loop"]
             if loop.pop("check", None) not in (None, fingerprint(weights, loop)):
                 raise ValueError("its checksum is not that of its content")
             run.population, run.evaluations = [SystemPrompt(**s) for s in loop["prompts"]], loop["evaluations"]
             run.reflector_tokens = loop.get("reflector_tokens", 0)
-            run.policy.theta, run.trainer.opt_state, done = weights["theta"], weights["opt_state"], step
+            run.policy.theta, run.trainer.opt_state = weights["theta"], weights["opt_state"]
+            break
         except Exception as e:
-            state = weights = None
             if "RESOURCE_EXHAUSTED" in str(e):
                 raise
-            warn(f"the checkpoint {manager.directory / str(step)} is damaged: {first_line(e)[:300]}")
-    if done < 0 and (manager.all_steps() or log.is_file() and log.read_bytes().count(b"\n") > 1):
-        raise UserError(f"no checkpoint in {manager.directory} is whole; put one back, or start a new run")
-    logs = [run.directory / f"{name}.jsonl" for name in ("metrics", "rollouts", "reflections", "not_finite")]
+            warn(f"the checkpoint {manager.directory / str(done)} is damaged: {first_line(e)[:300]}")
+    else:  # none is whole: an error, unless the run had not come to its first
+        if manager.all_steps() or logs[0].is_file() and logs[0].read_bytes().count(b"\n") > 1:
+            raise UserError(f"no checkpoint in {manager.directory} is whole; put one back, or start a new run")
+        done = -1
     for path in () if jax.process_index() else filter(Path.is_file, logs):
         with open(path, "rb+") as file:  # bytes: only \n ends a record
             end, kept, line = 0, 0, b"\n"
@@ -2550,17 +2489,13 @@ def write_logs(run: Run, m: dict) -> None:
         population = [dataclasses.asdict(s) for s in run.population]
         write_whole(run.directory / "population.json", json.dumps(population, indent=1, ensure_ascii=False))
         if run.tracker:
-            groups = ("", m), *((f"{k}/", v) for k, v in m.items() if isinstance(v, dict))
-            numbers = {f"{group}{k}": v for group, d in groups for k, v in d.items() if isinstance(v, (int, float))}
-            run.tracker.log(numbers, step=m["iteration"])
+            from_tools("track").log(run.tracker, m)
         slow = "test" in m and sum(run.seconds.values()) > 10
-        if TOOLS.is_dir() and (slow or m["iteration"] == last_iteration(run)):
-            draw(run)
+        if not ALONE and (slow or m["iteration"] == last_iteration(run)):
+            from_tools("report").draw(run.directory)  # curves.png, tree.png, tree.svg
     except Exception as e:
         warn(f"could not write population.json or a picture, or --track: {first_line(e)}")
 
-
-count_not_finite = jax.jit(lambda tree: sum(jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree)))
 
 
 def not_finite(run: Run, iteration: int, learning: dict, samples: list[Sample]) -> dict:
@@ -2607,30 +2542,6 @@ def print_line(run: Run, m: dict) -> None:
     barren = m["iteration"] - run.population[-1].iteration  # iterations since the last child
     if m.get("no_child") and barren and barren % 10 == 0:
         warn(f"no child for {barren} iterations, lastly: {next(iter(m['no_child'].values()))}")
-
-
-def summary(evaluations: list[dict]) -> dict[str, dict]:
-    """The honest readings of a test curve: before training, final, mean of the last five, picked by validation."""
-    first, final = evaluations[0], evaluations[-1]
-    lasts = [e for e in evaluations if e is not first][-5:] or [first]
-    mean = {name: float(np.mean([e[name] for e in lasts])) for name in ("test", "test_greedy") if name in final}
-    picked = {"picked by validation": max(evaluations, key=lambda e: e["val"])} if "val" in final else {}
-    return {"base model": first, "final": final, "mean of last 5": mean} | picked  # the first of equals
-
-
-def closing_report(run: Run) -> str:
-    """What a run ends with: the scores on the test set, the tested prompt, and where the files are."""
-    c, s = run.config, tested_prompt(run)
-    columns = {"test": f"T = {c.temperature:g}"} | ({"test_greedy": "greedy"} if c.test_greedy else {})
-    lines = [f"mean reward on {len(run.task.test)} test problems".ljust(50)
-             + "".join(f"{x:>10}" for x in columns.values())]
-    for name, row in summary(run.evaluations).items():
-        name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
-        lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
-    if table := run.evaluations[-1].get("table"):
-        lines += ["", from_tools("evaluate").table_text(table, s.id, "reward")]
-    return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}",
-                      re.sub("^", "    ", listing(numbered(s.principles)), flags=re.M), "", f"files: {run.directory}"])
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -2690,12 +2601,11 @@ def parse_args(argv: list[str]) -> Config:
     return kind(**defaults | given)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """The program; returns its exit code: 0, 2 for bad input or too little memory, 130 or 143 when stopped."""
     run, again = None, lambda: f"; continue with: python espl.py --resume {run.directory}" if run else ""
     try:
-        argv = sys.argv[1:] if argv is None else argv
-        argv, join = from_tools("hosts").prepare(argv) if TOOLS.is_dir() else (argv, lambda: None)
+        argv, join = (argv, lambda: None) if ALONE else from_tools("hosts").prepare(argv)
         c = parse_args(argv)
         join()
         run = start_run(c)
@@ -2725,7 +2635,7 @@ def main(argv: list[str] | None = None) -> int:
         number = signal.Signals(e.args[0] if e.args else signal.SIGINT)
         print(f"\nespl: interrupted by {number.name}{again()}", file=sys.stderr)
         return 128 + number
-    print(closing_report(run))
+    print(f"files: {run.directory}" if ALONE else from_tools("evaluate").closing_report(run))
     return 0
 
 
@@ -2744,7 +2654,7 @@ if __name__ == "__main__":
     for s in handled:
         signal.signal(s, stop)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a task's own processes
-    code = main()
+    code = main(sys.argv[1:])
     if 0 < code < 128 and jax.distributed.is_initialized():  # not a normal end: the others may wait for this process
         time.sleep(jax.process_index() == 0)  # as long as this one is there, they can say what they have to
         os._exit(code)

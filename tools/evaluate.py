@@ -1,28 +1,31 @@
-"""pass@k and the 2 x 2 table {weights before, after} x {root prompt, best prompt} of a run, or of a model, on any test set.
+"""pass@k and the 2 x 2 table {weights before, after} x {root, best prompt} of a run, or of a model, on any test set.
 
-    python tools/evaluate.py runs/aime-espl-20260214-120000                        # as the run's last line has it
-    python tools/evaluate.py RUN --test-file F --test-samples 64 --max-rows 64     # on other problems, pass@1 to pass@64
-    python tools/evaluate.py RUN --best                                            # the iteration that validation picked
-    python tools/evaluate.py --model DIR --test-file F                             # a model has one cell: before, root
+    python tools/evaluate.py runs/aime-espl-20260214-120000                        # as its last line has it
+    python tools/evaluate.py RUN --test-file F --test-samples 64 --max-rows 64     # others, pass@1 to pass@64
+    python tools/evaluate.py RUN --best                                            # what validation picked
+    python tools/evaluate.py --model DIR --test-file F                             # one cell: before, root
 
 Flags of espl.py may follow: with a RUN those of OPEN and those that --resume may change. Nothing in RUN is touched:
 config.json, rollouts.jsonl and a metrics.jsonl of one line go to RUN/eval-<time>/ (or --run-dir). Nothing is trained,
 and no training problems are needed. --no-table evaluates the last cell only, the run's weights with the tested prompt.
-espl.py has the table made at the end of every run.
+espl.py has the table, and the closing report, made at the end of every run.
 """
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import espl  # noqa: E402
 
-OPEN = {*espl.RESUMABLE} - {"mode"} | {"run_dir", "test_file", "test_size", "test_samples", "test_greedy", "test_prompt", "temperature",
-        "top_p", "max_new_tokens", "max_tool_calls", "model_parallel"}
+OPEN = {*espl.RESUMABLE} - {"mode"} | {
+    "run_dir", "test_file", "test_size", "test_samples", "test_greedy", "test_prompt", "temperature", "top_p",
+    "max_new_tokens", "max_tool_calls", "model_parallel"}
 
 
 def config_of(run: Path | None, flags: list[str]) -> espl.Config:
@@ -31,7 +34,7 @@ def config_of(run: Path | None, flags: list[str]) -> espl.Config:
     if run:
         with espl.explained(f"cannot read {run / 'config.json'}", "give an earlier run's directory"):
             old = json.loads((run / "config.json").read_text())
-        old |= {"run_dir": "", "track": "", "reflector": "reference", "table": True}  # what the run had of these is its own
+        old |= {"run_dir": "", "track": "", "reflector": "reference", "table": True}  # these were the run's own
         for name, value in old.items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):
@@ -56,7 +59,8 @@ def evaluate(run: Path | None, best: bool, flags: list[str]) -> str:
         raise espl.UserError(f"there is no checkpoint in {folder}")
     state, iteration = espl.start_run(c, espl.load_task(c, training=False)), 0
     if run:
-        with espl.checkpoint_manager(state, str(folder.absolute()), read_only=True) as manager:
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False)  # else it tidies up behind the run
+        with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
             iteration = espl.restore_checkpoint(state, manager)
         if iteration < 0:
             raise espl.UserError(f"no checkpoint in {folder} is whole yet")
@@ -101,6 +105,42 @@ def table_text(table: dict[str, dict], prompt: int, measure: str) -> str:
         form = "{:.3f} ({:.3f} to {:.3f})" if cell else "{:+.3f} ({:+.3f} to {:+.3f})"
         rows[title] = rows.get(title, "") + form.format(*values).rjust(28)
     return "\n".join(title.ljust(42) + cells for title, cells in rows.items())
+
+
+def tabled(run: espl.Run, iteration: int, s: espl.SystemPrompt, scores: dict[str, list[float]]) -> dict:
+    """{"table": …} at the end of a run, for which a failure is only a warning, unless memory ran out."""
+    try:
+        return {"table": make_table(run, iteration, s, scores)}
+    except Exception as e:
+        if "RESOURCE_EXHAUSTED" in str(e):
+            raise
+        espl.warn(f"no 2 x 2 table: {espl.first_line(e)}")
+        return {}
+
+
+def summary(evaluations: list[dict]) -> dict[str, dict]:
+    """The honest readings of a test curve: before training, final, mean of the last five, picked by validation."""
+    first, final = evaluations[0], evaluations[-1]
+    lasts = (evaluations[1:] or evaluations)[-5:]
+    mean = {name: float(np.mean([e[name] for e in lasts])) for name in ("test", "test_greedy") if name in final}
+    picked = {"picked by validation": max(evaluations, key=lambda e: e["val"])} if "val" in final else {}
+    return {"base model": first, "final": final, "mean of last 5": mean} | picked  # the first of equals
+
+
+def closing_report(run: espl.Run) -> str:
+    """What a run ends with: the scores on the test set, the tested prompt, and where the files are."""
+    c, s = run.config, espl.tested_prompt(run)
+    columns = {"test": f"T = {c.temperature:g}"} | ({"test_greedy": "greedy"} if c.test_greedy else {})
+    lines = [f"mean reward on {len(run.task.test)} test problems".ljust(50)
+             + "".join(f"{x:>10}" for x in columns.values())]
+    for name, row in summary(run.evaluations).items():
+        name += f": iteration {row['iteration']}, prompt {row['prompt']}" if "prompt" in row else " evaluations"
+        lines.append(name.ljust(50) + "".join(f"{row[x]:>10.3f}" for x in columns))
+    if table := run.evaluations[-1].get("table"):
+        lines += ["", table_text(table, s.id, "reward")]
+    return "\n".join([*lines, "", f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}",
+                      re.sub("^", "    ", espl.listing(espl.numbered(s.principles)), flags=re.M), "",
+                      f"files: {run.directory}"])
 
 
 def main(argv: list[str] | None = None) -> int:

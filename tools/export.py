@@ -28,6 +28,8 @@ import orbax.checkpoint as ocp  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import espl  # noqa: E402
+
+evaluate = espl.from_tools("evaluate")
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns that it will not write
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jax.numpy.bfloat16}  # by their names in a safetensors header
 CARD = """# {name}, iteration {iteration}
@@ -133,7 +135,7 @@ def write_merged(out: Path, checkpoint: Checkpoint, base: Path, cfg: espl.ModelC
 def score_table(run: Path) -> str:
     """The evaluations of metrics.jsonl: before training, the last one, the one that validation picked."""
     *lines, _ = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")  # the last: incomplete
-    rows = espl.summary([m for m in map(json.loads, lines) if "test" in m])
+    rows = evaluate.summary([m for m in map(json.loads, lines) if "test" in m])
     scores = [x for x in ("val", "test", "test_greedy") if x in rows["final"]]
     table = [["mean reward", "iteration", "prompt", *scores], ["---"] * (len(scores) + 3), *(
         [name, str(m["iteration"]), str(m["prompt"]), *(f"{m[x]:.3f}" for x in scores)]

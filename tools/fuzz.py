@@ -23,6 +23,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import espl  # noqa: E402
 
+CALLS = espl.from_tools("calls")
+
 BITS = [  # what texts are made of, besides single characters
     *"{}[]()\"'\\/<>|#@$%^_=,.:;&~!?*+- \n\t\r\x00\u2028\ufeff\ud800éß中🙂°｜", "0", "7", "42", "468", "1e999", "9" * 30,
     "\\boxed{", "\\boxed {", "\\frac", "\\frac{1}{2}", "\\sqrt{-1}", "\\text{ or 7}", "\\text{", "\\,", "\\ ", "{,}",
@@ -110,7 +112,7 @@ def tools(rng: random.Random):
         return 1 / a
     call = json.dumps({"name": rng.choice(["f", "g"]), "arguments": value(rng)})
     said = text(rng) + "<tool_call>" + rng.choice([call, call[: rng.randrange(len(call))], text(rng)]) + "</tool_call>"
-    assert isinstance(espl.call_tool({"f": f}, rng.choice([said, text(rng)])), str)
+    assert isinstance(CALLS.call_tool({"f": f}, rng.choice([said, text(rng)])), str)
 
 
 def make_tokenizer(made=[]):
@@ -130,7 +132,7 @@ def chat(rng: random.Random):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = rng.choice(TEMPLATES)
     turns, said = espl.Chat(tokenizer, rng.choice(["system", "user"])), text(rng)[:2000] + "[X]"
-    ids = turns.tool_turn(said)
+    ids = CALLS.tool_turn(turns, said)
     assert all(isinstance(i, int) for i in ids) and 1 not in ids and isinstance(turns.text(ids), str)
     said, asked = said.replace("\ud800", ""), text(rng).replace("\ud800", "")[:2000] + "?"
     try:

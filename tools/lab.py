@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import espl  # noqa: E402
 
+evaluate = espl.from_tools("evaluate")
+
 # The rows of compare. More rollouts, more iterations: so many that rl samples as many tokens as espl of that seed, its
 # reflections included. "A, then B": half of the iterations in mode A, the others in mode B (as in BetterTogether).
 MORE, LONGER = "rl, more rollouts", "rl, more iterations"
@@ -113,7 +115,7 @@ def finished_run(config: espl.Config, then: str = "") -> dict:
     curve = [{k: e[k] for k in keep if k in e} | {"tokens": tokens[e["iteration"]]} for e in run.evaluations]
     for kept, e in zip(curve, run.evaluations):
         kept |= {"table": {name: mean for name, (mean, _, _) in e["table"]["reward"].items()}} if "table" in e else {}
-    report = espl.closing_report(run).partition("\n\nfiles:")[0]
+    report = evaluate.closing_report(run).partition("\n\nfiles:")[0]
     path.write_text(json.dumps({"config": wanted, "curve": curve, "report": report}))
     return json.loads(path.read_text())
 
@@ -190,12 +192,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def read(curves: list[list[dict]], reading: str) -> list[float]:
     """One of READINGS of every seed's curve."""
     row, key = READINGS[reading]
-    return [espl.summary(curve)[row][key] for curve in curves]
+    return [evaluate.summary(curve)[row][key] for curve in curves]
 
 
 def readings_of(curves: list[list[dict]]) -> list[str]:
     """Those of READINGS that there are: greedy responses and validation are not always evaluated."""
-    found = espl.summary(curves[0])
+    found = evaluate.summary(curves[0])
     return [r for r, (row, key) in READINGS.items() if key in found.get(row, ())]
 
 
@@ -358,7 +360,7 @@ def run_all(args, extra: list[str]) -> dict:
                for name, flags in plan(args).items() for seed in seeds]
     command = re.sub(r" --(out|results|compile-cache)[ =]\S+", "", " ".join(sys.argv[1:])).split()  # not of this machine
     section = {"command": command, "seeds": seeds, "curves": {}, "rho": {}, "report": ""}
-    espl.print_line = espl.draw = lambda *_: None
+    espl.print_line = espl.from_tools("report").draw = lambda *_: None
     espl.progress = lambda items=None, **_: espl.tqdm(disable=True) if items is None else items  # one bar is enough
     for name, config in bar(configs, desc=args.command):
         curves = section["curves"].setdefault(name, [])

@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import espl  # noqa: E402
 
+evaluate = espl.from_tools("evaluate")
 COLORS = ("deepskyblue", "orange", "mediumorchid", "seagreen", "tomato", "slategray")  # of operators; of runs
 OPERATOR_COLORS = {name: COLORS[i % len(COLORS)] for i, name in enumerate(espl.OPERATORS)}
 
@@ -379,7 +380,7 @@ def headline(runs: list[Record]) -> Html:
     rows = []
     for r in runs:
         tests = [m for m in r.metrics if "test" in m]
-        scores = {k: f"{e['test']:.3f}" for k, e in (espl.summary(tests) if tests else {}).items()}
+        scores = {k: f"{e['test']:.3f}" for k, e in (evaluate.summary(tests) if tests else {}).items()}
         done, planned = max([m["iteration"] for m in r.metrics], default=0), r.config.get("iterations")
         took = sum(sum(m.get("seconds", {}).values()) for m in r.metrics)
         rows.append({
