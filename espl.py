@@ -1969,14 +1969,18 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-PLAIN = {  # what math-verify misreads, and what is meant: 1\,000, a full stop, 0.1\overline{6} = (16 - 1) / 90
+PLAIN = {  # what math-verify misreads: what is meant
+    # 1\,000; a full stop; other names of the same
     r"(?<![\w.])[0-9]{1,3}(?:(?:\\[ ,;:]|\{,\}|,\\!|[~\s])[0-9]{3})+(?!\d)": lambda m: re.sub("[^0-9]", "", m[0]),
     r"(?<!\.)(?<!\\right)\.(?=[\s$]*\Z)": "", r"\\varnothing": r"\\emptyset", "°": r"^\\circ", r"\\sqrt\{-1\}": "i",
+    # 0.1\overline{6} is (16 - 1) / 90
     r"(?<!\d)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}": lambda m: "\\frac{%s-%s}{%s%s}" % (
-        m[1] + m[2] + m[3], m[1] + m[2] or 0, "9" * len(m[3]), "0" * len(m[2])),  # next: two answers, as 467 = 468
-    r"(^|=)\s*([0-9]+)\s*=(?!\s*\2\s*\Z)(?=\s*[0-9]+\s*\Z)": r"\1\2, ",             # and 468 \text{ (not 467)}
+        m[1] + m[2] + m[3], m[1] + m[2] or 0, "9" * len(m[3]), "0" * len(m[2])),
+    # 467 = 468 and 468 \text{ (not 467)} are two answers, of which none counts
+    r"(^|=)\s*([0-9]+)\s*=(?!\s*\2\s*\Z)(?=\s*[0-9]+\s*\Z)": r"\1\2, ",
     r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}0-9]{0,99}\b(?:not|or|but)\b[^{}0-9]{0,99}([0-9]++)[^{}]*\}": r", \1",
-    r"^[\s$]*([+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+))[\s$.]*\Z":  # integers, 042 and 1,000 too, all in one form
+    # integers, 042 and 1,000 too, all in one form
+    r"^[\s$]*([+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+))[\s$.]*\Z":
         lambda m: str(int(m[1][:LONGEST_ANSWER].replace(",", "")))}
 OR_ELSE = {  # second readings: 12.5 %, which is 0.125, as 12.5 (percent were asked for); 90 degrees, or 90, as pi/2
     r"^[\s$]*([1-9][0-9,]*\.[0-9]+)\s*\\?%[\s$]*$": r"\1",
@@ -2059,65 +2063,6 @@ MATH_VERIFY_SOURCE = inspect.getsource(math_verify_process)  # now: this file ma
 TOOLS = Path(__file__).with_name("tools")  # what the method can do without; loaded where it is called for
 ALONE = not (TOOLS / "evaluate.py").is_file()
 HEADS = "  it | reward: batch mean | best prompt, its V | gradient norm, entropy H in nats | +child from parents | time"
-
-
-STOPS: list[int] = []  # signals that told the program to stop
-
-
-class UserError(Exception):
-    """Bad input. The message is one line that says what to do; the program prints it and exits with code 2."""
-
-
-@contextlib.contextmanager
-def explained(what: str, advice: str = ""):
-    """Whatever a library raises in the `with` block becomes one line: what failed, the library's words, and advice."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(f"{what} ({first_line(e)})" + f"; {advice}" * bool(advice)) from e
-
-
-def first_line(error: Exception) -> str:
-    """The line of somebody else's error message that tells most: the first, or the last if that one ends in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1 if lines[0].endswith(":") else 0]
-
-
-def warn(message: str) -> None:
-    """A line to stderr that does not tear a progress bar."""
-    if not jax.process_index():
-        tqdm.write(f"espl: warning: {message}", file=sys.stderr)
-
-
-def progress(iterable=None, **kwargs):
-    """A progress bar that vanishes when done, so that the log keeps one line an iteration."""
-    return tqdm(iterable, leave=False, dynamic_ncols=True, disable=None, **kwargs)
-
-
-@cache
-def from_tools(name: str) -> SimpleNamespace:
-    """The functions of tools/NAME.py."""
-    with explained(f"cannot load {TOOLS / name}.py", "get the folder tools/"):
-        return SimpleNamespace(**runpy.run_path(f"{TOOLS / name}.py"))
-
-
-def on_host_0(function: Callable, *args) -> Any:
-    """function(*args), which of several processes (docs/hosts.md) the first alone calls: it has files and screen."""
-    return function(*args) if jax.process_count() == 1 else from_tools("hosts").on_host_0(function, *args)
-
-
-def highest(number: int) -> int:
-    """The highest of all processes' numbers."""
-    return number if jax.process_count() == 1 else from_tools("hosts").highest(number)
-
-
-def stop_if_told() -> None:
-    """Ends the program if it was told to stop, which libraries swallow now and then (about one Ctrl-C in thirty, while
-    XLA compiles); of several processes all, at the same place, if any was told."""
-    if told := highest(STOPS[0] if STOPS else 0):
-        raise KeyboardInterrupt(told)
 
 
 @dataclass
@@ -2519,6 +2464,67 @@ def finish_iteration(run: Run, m: dict) -> None:
                         f", or continue with: python espl.py --resume {run.directory}")
 
 
+# ---- Plumbing: errors as one line, what is in tools/, several processes
+
+STOPS: list[int] = []  # signals that told the program to stop
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that says what to do; the program prints it and exits with code 2."""
+
+
+@contextlib.contextmanager
+def explained(what: str, advice: str = ""):
+    """Whatever a library raises in the `with` block becomes one line: what failed, the library's words, and advice."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{what} ({first_line(e)})" + f"; {advice}" * bool(advice)) from e
+
+
+def first_line(error: Exception) -> str:
+    """The line of somebody else's error message that tells most: the first, or the last if that one ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if lines[0].endswith(":") else 0]
+
+
+def warn(message: str) -> None:
+    """A line to stderr that does not tear a progress bar."""
+    if not jax.process_index():
+        tqdm.write(f"espl: warning: {message}", file=sys.stderr)
+
+
+def progress(iterable=None, **kwargs):
+    """A progress bar that vanishes when done, so that the log keeps one line an iteration."""
+    return tqdm(iterable, leave=False, dynamic_ncols=True, disable=None, **kwargs)
+
+
+@cache
+def from_tools(name: str) -> SimpleNamespace:
+    """The functions of tools/NAME.py."""
+    with explained(f"cannot load {TOOLS / name}.py", "get the folder tools/"):
+        return SimpleNamespace(**runpy.run_path(f"{TOOLS / name}.py"))
+
+
+def on_host_0(function: Callable, *args) -> Any:
+    """function(*args), which of several processes (docs/hosts.md) the first alone calls: it has files and screen."""
+    return function(*args) if jax.process_count() == 1 else from_tools("hosts").on_host_0(function, *args)
+
+
+def highest(number: int) -> int:
+    """The highest of all processes' numbers."""
+    return number if jax.process_count() == 1 else from_tools("hosts").highest(number)
+
+
+def stop_if_told() -> None:
+    """Ends the program if it was told to stop, which libraries swallow now and then (about one Ctrl-C in thirty, while
+    XLA compiles); of several processes all, at the same place, if any was told."""
+    if told := highest(STOPS[0] if STOPS else 0):
+        raise KeyboardInterrupt(told)
+
+
 # ---- The screen and the program
 
 def print_line(run: Run, m: dict) -> None:
@@ -2549,11 +2555,12 @@ def parse_args(argv: list[str]) -> Config:
     def stop(message):
         raise UserError(f"{message}; see python espl.py --help")
 
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # a task file has a say in flags and defaults
-    for name in ("--task", "--train-file", "--test-file", "--resume"):
+    # named: the flags that decide which others there are; saved: config.json of --resume; own: of the task's file
+    early, saved = argparse.ArgumentParser(add_help=False, allow_abbrev=False), {}
+    for name in ("--task", "--train-file", "--test-file", "--resume", "--rating"):
         early.add_argument(name, default="")
     early.error = stop  # instead of the usage on many lines
-    named, saved = early.parse_known_args(argv)[0], {}
+    named = early.parse_known_args(argv)[0]
     if named.resume:
         path = Path(named.resume) / "config.json"
         with explained(f"cannot read {path}", "--resume takes an earlier run's directory"):
@@ -2567,29 +2574,28 @@ def parse_args(argv: list[str]) -> Config:
         flags = [(name, type(value), flag(value, "Task", text)) for name, (value, text) in own.get("FLAGS", {}).items()]
         kind = dataclasses.make_dataclass("TaskConfig", flags, bases=(Config,))
         defaults = dataclasses.asdict(kind(**own.get("DEFAULTS", {}) | {"task": named.task} | saved))
+    if (named.rating or defaults["rating"]) == "last" and not saved and "ucb_lambda" not in own.get("DEFAULTS", {}):
+        defaults["ucb_lambda"] = 0.0
     parser = argparse.ArgumentParser(
         usage="python espl.py [--task TASK] [flags]   (on several hosts: docs/hosts.md)",
         description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=120))
     parser.error, fields = stop, {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(kind)}
-    title = lambda f: "Most used" if f.name in MOST_USED else f.metadata["group"]
-    titles = dict.fromkeys(["Most used", *map(title, fields.values())])
-    groups = {name: parser.add_argument_group(name) for name in titles}
+    group = cache(parser.add_argument_group)  # one for each title, in the order in which they are first named
+    group("Most used")
     for name, f in fields.items():
         m, value = f.metadata, defaults[f.name]
         how = dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else dict(
             type=type(f.default), choices=m["choices"], metavar=None if m["choices"] else type(value).__name__.upper())
         text = f"[{m['symbol']}] " * bool(m["symbol"]) + m["text"] + f" (default: {value})" * (value != "")
-        groups[title(f)].add_argument(name, help=text.replace("%", "%%"), **how)
-    given, unknown = parser.parse_known_args(argv)
+        title = "Most used" if f.name in MOST_USED else m["group"]
+        group(title).add_argument(name, help=text.replace("%", "%%"), **how)
+    c, unknown = parser.parse_known_args(argv, kind(**defaults))
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), parser._option_string_actions, 1)
         stop(f"unknown {unknown[0]}" + "".join(f", did you mean {name}?" for name in near))
-    given = vars(given)
-    if (defaults | given)["rating"] == "last" and not saved and "ucb_lambda" not in own.get("DEFAULTS", {}):
-        defaults["ucb_lambda"] = 0.0
     for name, f in fields.items():
-        value, m = (defaults | given)[f.name], f.metadata
+        value, m = getattr(c, f.name), f.metadata
         if saved and f.name not in RESUMABLE and value != defaults[f.name]:
             raise UserError(f"{name} cannot change when resuming; start a new run")
         types = (int, float) if isinstance(f.default, float) else type(f.default)
@@ -2598,7 +2604,7 @@ def parse_args(argv: list[str]) -> Config:
         if m["low"] is not None and not m["low"] <= value <= m["high"]:
             limit = f" and at most {m['high']}" * (m["high"] < sys.float_info.max)
             raise UserError(f"{name} {value}: must be at least {m['low']}{limit}")
-    return kind(**defaults | given)
+    return c
 
 
 def main(argv: list[str]) -> int:
