@@ -1220,9 +1220,8 @@ def test_fused_attention_is_tried_before_it_is_used(monkeypatch, capsys):
     with jax.set_mesh(make_mesh(1, 2)):
         cfg = dataclasses.replace(tiny_policy().cfg, dtype="bfloat16", flash="interpret", layer_window=(1024, 1024))
         assert FLASH.checked(cfg) == cfg and capsys.readouterr().err == ""
-        for flash, reason in (("gpu", "cuDNN"), ("tpu", "interpret mode")):  # there is neither
-            assert FLASH.checked(dataclasses.replace(cfg, flash=flash)).flash == ""
-            assert re.search(f"warning: fused attention is not used .*{reason}", capsys.readouterr().err)
+        assert FLASH.checked(dataclasses.replace(cfg, flash="gpu")).flash == ""  # there is none
+        assert re.search("warning: fused attention is not used .*cuDNN", capsys.readouterr().err)
         use_kernel(monkeypatch, lambda *x, window, cfg: FLASH.kernel(*x, window=window + 1, cfg=cfg))
         assert FLASH.checked(cfg).flash == "" and "it differs by 0.0" in capsys.readouterr().err
         use_kernel(monkeypatch, FLASH.kernel)
@@ -2841,9 +2840,10 @@ def test_memory_is_limited(monkeypatch):
     assert outcomes[0] != "correct" and 100e6 < peak < 500 * 2**20
 
 
-def test_time_is_limited():
+def test_time_is_limited(monkeypatch):
+    monkeypatch.setattr(espl, "GRADE_SECONDS", 2)
     outcomes, seconds, _ = measured(["9^{9^{9^9}}"])
-    assert outcomes == ["timeout"] and 4.5 < seconds < 10
+    assert outcomes == ["timeout"] and 1.9 < seconds < 7
 
 
 def test_without_math_verify_the_outcome_is_error(tmp_path, monkeypatch, capsys):

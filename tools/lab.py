@@ -400,7 +400,7 @@ def main() -> int:
         print(f"lab: error: {espl.first_line(e)}", file=sys.stderr)
         return 2
     print(f"\n{TABLES[args.command][1](section)}\n\nadded to {path}")
-    if args.command in ("compare", "vary"):
+    if args.command in ("compare", "vary", "models"):
         draw(section["curves"], args.out / f"{args.command}.png")
         print(f"drawn in {args.out / f'{args.command}.png'}")
     return 0
