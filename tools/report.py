@@ -144,6 +144,7 @@ def draw_curves(population: list[espl.SystemPrompt], metrics: list[dict], direct
         if 1 < len(curves) <= 10:
             axis.legend(fontsize=8)
         axis.set(title=title, xlabel="iteration", xlim=(-0.5, metrics[-1]["iteration"] + 0.5))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if title == "reward":
             axis.set_ylim(min(-0.02, axis.get_ylim()[0]), 1.02)  # a reward may be negative
@@ -432,6 +433,7 @@ def curves(runs: list[Record]) -> Iterator[Html]:
         for draw_part, arguments in parts:
             draw_part(axis, *arguments)
         axis.set(xlabel="iteration")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         drawn += [tag("figure", tag("figcaption", title), svg(figure, title))] if parts else []
@@ -583,6 +585,7 @@ def seconds(run: Record) -> Iterator[Html]:
         y = np.array([m["seconds"].get(name, 0) for m in rows])
         axis.fill_between(x, below, below := below + y, step="mid", color=color, label=name, linewidth=0)
     axis.set(xlabel="iteration", ylabel="seconds", ylim=(0, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, ncols=5, loc="outside upper left", fontsize=8, handlelength=1, columnspacing=1)
     shares = [[name, f"{s:,.1f}", f"{100 * s / sum(total.values()):.1f} %", f"{s / len(rows):,.2f}"]
