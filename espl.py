@@ -93,10 +93,9 @@ RESUMABLE = ("resume", "epochs", "iterations", "save_every", "max_rows", "microb
              "reflector_concurrency", "reflector_timeout", "max_reflector_tokens", "mode", "model_parallel")
 MOST_USED = ("task", "train_file", "test_file", "model", "mode", "batch_size", "num_rollouts", "num_prompts",
              "iterations", "seed", "learning_rate", "max_new_tokens", "max_rows", "run_dir", "resume")
-AIME, AMC = "AI-MO/aimo-validation-aime:train", "AI-MO/aimo-validation-amc:train"
 MATHS = {  # the built-in tasks: (train sets, test sets), each a "data set of the hub:split"
-    "aime": ([AIME], ["ByteDance-Seed/BeyondAIME:test"]),
-    "aime_amc": ([AIME, AMC], ["ByteDance-Seed/BeyondAIME:test"]),
+    "aime": (["AI-MO/aimo-validation-aime:train"], ["ByteDance-Seed/BeyondAIME:test"]),
+    "aime_amc": ([f"AI-MO/aimo-validation-{x}:train" for x in ("aime", "amc")], ["ByteDance-Seed/BeyondAIME:test"]),
     "hmmt": ([f"MathArena/hmmt_feb_{y}:train" for y in (2023, 2024, 2025)], ["MathArena/hmmt_nov_2025:train"]),
 }
 MODES = ("espl", "evolution", "reflection", "rl")
@@ -219,13 +218,13 @@ def espl_iteration(run: Run, iteration: int) -> dict:
     problems_B = next_problems(run, iteration)  # Alg. 1, line 3: a batch of B problems
     # Line 4: M system prompts. The rollouts of missing ones go to the others, so that every mode samples M B N.
     prompts_M = select(run.population, c, rng) if c.mode in ("espl", "evolution") else [tested_prompt(run)]
-    each, more = divmod(c.num_prompts * c.num_rollouts, len(prompts_M))  # of 15: 15, then 8 + 7, then 5 + 5 + 5
+    each, more = divmod(c.num_prompts * c.num_rollouts, len(prompts_M))  # one has all 15, two 8 and 7, three 5 each
     # Lines 5-7: N solutions y_ij ~ pi_theta(. | s_i, x), rewards r_ij = R(x, y_ij), values V_i = mean_j r_ij
     groups = iter(sample_groups(run, [(s, x, each + (i < more)) for i, s in enumerate(prompts_M) for x in problems_B],
                                 "train", iteration))
     groups_MB = [[next(groups) for _ in problems_B] for _ in prompts_M]
     values_M = [float(np.mean([r for g in row for r in g.rewards])) for row in groups_MB]  # equal sums: equal means
-    run.finished = -1  # from here on the state is between two iterations, not to be saved
+    run.finished = -1  # now weights and population change: who stops here goes back to the last checkpoint
 
     def learn() -> dict:  # lines 8-9: theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref))
         if c.mode not in ("espl", "rl"):
@@ -241,8 +240,9 @@ def espl_iteration(run: Run, iteration: int) -> dict:
         update_ratings(prompts_M, values_M, iteration, c.rating)                        # lines 10-11
         k = argmax(values_M, rng)                                                       # line 12
         with timed(run, "reflect"):                                                     # lines 13-21
-            return breed(run, Tournament(prompts_M, groups_MB, k, partial(ask, run, iteration, Counter()),
-                                         run.task.parse, c, rng, run.chat.control, run.task.texts), iteration)
+            return breed(run, Tournament(
+                prompts_M, groups_MB, best=k, ask=partial(ask, run, iteration, Counter()), parse=run.task.parse,
+                config=c, rng=rng, control=run.chat.control, texts=run.task.texts), iteration)
 
     learning, evolution = run.server.side_by_side(run, learn, evolve) if run.server else (learn(), evolve())
     return {"iteration": iteration, **batch_metrics(run, prompts_M, groups_MB, values_M), **learning, **evolution}
@@ -471,11 +471,10 @@ def mutate(r: Tournament) -> tuple[list[str], list[SystemPrompt]]:
         dict(problem=g.problem.question, answer=g.problem.answer, principles=listing(current), response=y, grade=grade)
         for g in groups for y, grade in zip(g.texts, g.grades)])
     r.dropped.update({"empty summary": summaries.count("")})
-    of_each = iter(summaries)
+    of_each = iter(summaries)  # from which each group's zip takes as many as it has grades
     # App. Self-Critique and Local Edit Proposal: one request a problem, at most K_ops operations each
     critiques = r.operations("critique", [
-        critique_slots(g.problem, current, list(zip(g.grades, of_each)), c.max_operations)
-        for g in groups])
+        critique_slots(g.problem, current, list(zip(g.grades, of_each)), c.max_operations) for g in groups])
     proposals = []
     for ops in critiques:
         good = [op for op in ops or [] if valid(op, ("add", "modify"), current, problems, r)]
@@ -540,9 +539,10 @@ def critique_slots(problem: Problem, principles: dict, summaries: list[tuple[str
 def aggregate_slots(principles: dict, proposals: list[dict]) -> tuple[dict, dict]:
     """The principles with the proposed new ones as candidates C0, C1, …, and the slots of the aggregation request. The
     candidates are in unless the plan merges them away; a proposed modification only if the plan repeats it."""
-    added = [" ".join(op["principle"].split()) for op in proposals if op["operation"] == "add"]
+    one_line = lambda op: " ".join(op["principle"].split())
+    added = [one_line(op) for op in proposals if op["operation"] == "add"]
     candidates = principles | {f"C{i}": text for i, text in enumerate(added)}
-    changes = [f"[{op['modified_from']}] -> {op['principle']}" for op in proposals if op["operation"] == "modify"]
+    changes = [f"[{op['modified_from']}] -> {one_line(op)}" for op in proposals if op["operation"] == "modify"]
     return candidates, dict(principles=listing(candidates), suggestions="\n".join(changes) or "(none)")
 
 
@@ -595,8 +595,11 @@ def leaks(principle: str, problems: list[Problem]) -> bool:
     of three digits or more or another text of six characters or more."""
     words = lambda text: re.findall(r"\w+", text.lower())
     said, bare = f" {' '.join(words(principle))} ", "".join(principle.split())
-    quoted = lambda question: any(  # of one with fewer than twelve words all of it, unless that is five or fewer
-        f" {' '.join(question[i: i + 12])} " in said for i in range(max(len(question) - 11, len(question) > 5)))
+
+    def quoted(question):  # twelve words in a row; of a shorter question all of it, if it has six or more
+        n = min(12, len(question))
+        return n > 5 and any(f" {' '.join(question[i: i + n])} " in said for i in range(len(question) - n + 1))
+
     number = lambda a: sum(map(str.isdigit, a)) >= 3 and re.search(rf"(?<![\d.]){re.escape(a)}(?!\d|\.\d)", principle)
     told = lambda a: number(a) if re.fullmatch(r"-?\d[\d,.]*", a) else len(a) >= 6 and a in bare
     return any(quoted(words(x.question)) or any(told("".join(a.split())) for a in x.answers) for x in problems)
@@ -636,10 +639,13 @@ def apply_operations(principles: dict[str, str], ops: list[dict], kinds, problem
     for n, op in enumerate(ops):
         if valid(op, kinds, result, problems, r):  # ids as earlier operations left them
             text = "" if op["operation"] == "remove" else " ".join(op["principle"].split())
-            first, *rest = dict.fromkeys(SOURCES[op["operation"]](op) or [n])  # n: an id that no operation can name
-            result = {i: t for i, t in (result | {first: text}).items() if t and i not in rest}
-    unique = list({text.casefold(): text for text in result.values()}.values())
-    kept = unique[: r.config.max_principles]
+            named = SOURCES[op["operation"]](op) or [n]  # an addition stands under n, an id that no operation can name
+            place, *gone = dict.fromkeys(named)
+            result = {i: t for i, t in (result | {place: text}).items() if t and i not in gone}
+    unique = {}
+    for text in result.values():  # of those that differ in case alone the first: an addition changes nothing then
+        unique.setdefault(text.casefold(), text)
+    kept = list(unique.values())[: r.config.max_principles]
     r.dropped.update({"duplicate": len(result) - len(unique), "too many principles": len(unique) - len(kept)})
     return kept
 
@@ -754,9 +760,10 @@ def add_gradient(gradient, theta, theta_ref, graphdef, frozen, batch, num_rollou
         kl = penalty = jnp.zeros_like(logp)
         if objective.kl_coef:
             kl, penalty = kl_estimators(logp, jax.lax.stop_gradient(logprobs(theta_ref)[0]), ratio)
-        sums = {"loss": -total(term - objective.kl_coef * kl) / num_rollouts, "tokens": total(1.0), "kl": total(kl),
+        reported, trained = term - objective.kl_coef * kl, term - objective.kl_coef * penalty
+        sums = {"loss": -total(reported) / num_rollouts, "tokens": total(1.0), "kl": total(kl),
                 "entropy": total(entropy), "ratio_mean": total(ratio), "sampler_gap": total(batch["behaviour"] - logp)}
-        return -total(term - objective.kl_coef * penalty) / num_rollouts, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
+        return -total(trained) / num_rollouts, (sums, jnp.max(jnp.where(mask, ratio, 0.0)))
 
     new, metrics = jax.grad(loss, has_aux=True)(theta)
     return laid_out(jax.tree.map(jnp.add, gradient, new)), metrics
@@ -806,21 +813,19 @@ def microbatches(samples: list[Sample], max_tokens: int, row_multiple: int):
     """Yields padded batches (`pack`) of at most about max_tokens tokens, in few shapes. Exact for any order and split.
 
     A row is a response, preceded by the last prompt token; the rest of a prompt is in the batch once for all its rows.
-    A batch holds responses of one length, in powers of two, prompt by prompt.
+    A batch holds responses of one length, in powers of two, in the order of the samples, which is prompt by prompt.
     """
-    numbers, by_length = {}, {}
+    by_length = {}
     for s in samples:
-        numbers.setdefault(tuple(s.prompt), len(numbers))
         by_length.setdefault(bucket(len(s.tokens), 32), []).append(s)
-    S = bucket(max(map(len, numbers)) - 1, 64)
+    S = bucket(max(len(s.prompt) for s in samples) - 1, 64)
     for T, left in sorted(by_length.items(), reverse=True):
-        left.sort(key=lambda s: numbers[tuple(s.prompt)])
         while left:
-            for share in (4, 1):  # rows to a prompt: if not at least four on average, as if every row had its own
+            for share in (4, 1):  # room for one prompt in four rows; if the rows have more prompts, for one in each
                 most = max(1, int(max_tokens / (T + S / share)))
                 B = row_count(max(len(left), 1024 // T), most, row_multiple)
                 num_prompts, rows = -(-B // share // row_multiple), B // row_multiple  # of a shard
-                parts = [left[i: min(i + rows, B)] for i in range(0, B, rows)]
+                parts = [left[i: i + rows] for i in range(0, B, rows)]
                 if max(len({tuple(s.prompt) for s in part}) for part in parts) <= num_prompts:
                     break
             packed = [pack(part, (rows, T), (num_prompts, S)) for part in parts]
@@ -891,7 +896,7 @@ class Row:
     response: Response
     key: np.ndarray       # its own random key, uint32[2]
     room: int             # most tokens of the response
-    reply: list[int] = field(default_factory=list)  # tokens before the last that are not in the cache yet, as a tool's
+    unfed: list[int] = field(default_factory=list)  # said, but not in the cache yet; without the last token
 
     @property
     def position(self) -> int:  # of its last token, the next to feed
@@ -1020,7 +1025,7 @@ def admit(decoder: Decoder, queue) -> None:
             i, row = free.popleft(), queue.popleft()
             rows[i] = row
             if row.response.tokens:  # put aside earlier: `feed` gives back what it had
-                row.reply = (row.prompt + row.response.tokens)[:-1]
+                row.unfed = (row.prompt + row.response.tokens)[:-1]
             else:
                 source_B[i] = groups.index(row.group)
         if max(source_B) >= 0:
@@ -1039,20 +1044,19 @@ def feed(decoder: Decoder) -> None:
     once and in pieces: scores are [B, N, T, S]."""
     rows, shards = decoder.rows, row_shards(decoder.policy.cfg)
     width = len(rows) // shards
-    while waiting := [i for i, row in enumerate(rows) if row and row.reply]:
-        T = next(T for T in (64, 256, PIECE) if T == PIECE or max(len(rows[i].reply) for i in waiting) <= T)
+    while waiting := [i for i, row in enumerate(rows) if row and row.unfed]:
+        longest = max(len(rows[i].unfed) for i in waiting)
+        T = 64 if longest <= 64 else 256 if longest <= 256 else PIECE
         most = 4 * PIECE // T // shards * 4096 // max(4096, decoder.length)  # scores take T x length in each row
         each = row_count(len(waiting), max(1, min(width, most)), 1)
-        chosen = [[i for i in waiting if i // width == d][:each] for d in range(shards)]
-        parts, index = [], np.full((shards, each), width, np.int32)  # beyond the last row: padding
-        for d, own in enumerate(chosen):
-            index[d, : len(own)] = [i % width for i in own]
-            parts += [(rows[i].reply[:T], rows[i].position - len(rows[i].reply)) for i in own]
-            parts += [([], 0)] * (each - len(own))
+        parts, index = [([], 0)] * (shards * each), np.full((shards, each), width, np.int32)  # padding: beyond all rows
+        for d in range(shards):
+            for j, i in enumerate([i for i in waiting if i // width == d][:each]):
+                row, index[d, j] = rows[i], i % width
+                parts[d * each + j] = row.unfed[:T], row.position - len(row.unfed)
+                row.unfed = row.unfed[T:]
         decoder.cache = extend(*decoder.weights, decoder.cache, index, *padded(parts, shards * each, T))
         jax.block_until_ready(decoder.cache)  # simulated devices may wait for ever on two programs in flight
-        for row in (rows[i] for own in chosen for i in own):
-            row.reply = row.reply[T:]
 
 
 def decode(decoder: Decoder, sampling: Sampling, stop_ids, environment) -> int:
@@ -1070,7 +1074,7 @@ def decode(decoder: Decoder, sampling: Sampling, stop_ids, environment) -> int:
         r.logprobs += logprobs[:n, i].tolist()
         reply = environment(row.group, r) if environment else None
         if reply and len(r.tokens) + len(reply) < row.room:
-            row.reply = r.tokens[-1:] + reply[:-1]  # the token before the reply has not been fed yet
+            row.unfed = r.tokens[-1:] + reply[:-1]  # the token before the reply has not been fed yet
             r.tokens, r.logprobs = r.tokens + reply, r.logprobs + [None] * len(reply)
             r.turn = len(r.tokens)
         elif reply is not None or len(r.tokens) == row.room or r.tokens[-1] in stop_ids:

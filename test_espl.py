@@ -754,7 +754,7 @@ def test_what_enters_a_long_cache_at_once_is_less(monkeypatch, length, rows):
     decoder = SimpleNamespace(policy=policy, length=length, weights=(), cache=None, rows=[
         espl.Row(g, [1] * 1001, response(), None, 9, reply=[1] * 1000) for g in range(8)])
     espl.feed(decoder)
-    assert fed == [(rows, 1024)] * (8 // rows) and not any(row.reply for row in decoder.rows)
+    assert fed == [(rows, 1024)] * (8 // rows) and not any(row.unfed for row in decoder.rows)
 
 
 def test_one_prefix_at_a_time_is_in_memory(policy, monkeypatch):
@@ -2340,7 +2340,7 @@ def test_crossover_ids_belong_to_set_a():
 def test_duplicates_and_the_cap_on_principles():
     ops = [add(text) for text in ("ZERO", "a", "b", "A")]
     result, dropped = applied(ops, max_principles=5)
-    assert [t.lower() for t in result] == [*FOUR, "a"] and dropped == {"duplicate": 2, "too many principles": 1}
+    assert result == [*FOUR, "a"] and dropped == {"duplicate": 2, "too many principles": 1}
 
 
 # ---- Echoes of the request ----
@@ -2434,7 +2434,7 @@ def test_mutation_summarises_criticises_aggregates_applies():
         summarize=["sum a0", "sum a1", "sum c0", ""],
         critique=[reply_of(add("add 0"), add("add 1"), add("beyond K_ops")),
                   reply_of(modify("G7", "bad"), merge(["G0", "G1"]),
-                              modify("G1", "better one"), add("add c"))],
+                              modify("G1", "better\n one"), add("add c"))],
         aggregate=[reply_of(merge(["G0", "C2"], "zero and c"), add("not here"),
                                modify("G1", "better one"))])
     child, reflection = mutation_of(ask)
