@@ -448,9 +448,9 @@ class Tournament:
     dropped: Counter = field(default_factory=Counter)  # operations, by what was wrong with them
 
     def operations(self, request: str, slots: list[dict]) -> list[list[dict] | None]:
-        """Replies as lists of operations; those that cannot be read are asked for once more, then None."""
+        """Replies as lists of operations; those that cannot be read are asked for once more, if sampled, then None."""
         parsed = [self.parse(reply) for reply in self.ask(request, slots)]
-        again = [i for i, ops in enumerate(parsed) if ops is None]
+        again = [i for i, ops in enumerate(parsed) if ops is None and self.config.reflect_temperature > 0]
         for i, reply in zip(again, self.ask(request, [slots[i] for i in again]) if again else ()):
             parsed[i] = self.parse(reply)
         self.unread += parsed.count(None)

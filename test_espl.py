@@ -752,7 +752,7 @@ def test_what_enters_a_long_cache_at_once_is_less(monkeypatch, length, rows):
     response = lambda: espl.Response([], [])
     policy = SimpleNamespace(cfg=SimpleNamespace(split_length=False))
     decoder = SimpleNamespace(policy=policy, length=length, weights=(), cache=None, rows=[
-        espl.Row(g, [1] * 1001, response(), None, 9, reply=[1] * 1000) for g in range(8)])
+        espl.Row(g, [1] * 1001, response(), None, 9, unfed=[1] * 1000) for g in range(8)])
     espl.feed(decoder)
     assert fed == [(rows, 1024)] * (8 // rows) and not any(row.unfed for row in decoder.rows)
 
@@ -2483,6 +2483,8 @@ def test_only_unreadable_replies_are_asked_again():
     parsed = espl.Tournament([], [], 0, ask, espl.parse_operations, espl.Config()).operations("critique", slots)
     assert [ops and ops[0]["principle"] for ops in parsed] == [[], "x", "x"]
     assert ask.requests("critique") == [*slots, slots[1]]
+    ask, greedy = Script(critique=["?"]), espl.Config(reflect_temperature=0.0)  # would only say the same again
+    assert espl.Tournament([], [], 0, ask, espl.parse_operations, greedy).operations("critique", slots[:1]) == [None]
 
 
 def test_mutation_without_contrast_asks_nothing():
