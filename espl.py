@@ -1378,7 +1378,7 @@ class Block(nnx.Module):
         q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).swapaxes(1, 2), v.swapaxes(1, 2)
         key_position_BS, new = position_BT, (k, v)
         if cache is not None:  # the new ones are written into it, and all that it holds is seen
-            Z = row_shards(cfg, B)
+            Z = row_shards(cfg)
             into_ZR = jnp.broadcast_to(jnp.arange(B // Z), (Z, B // Z)) if row_ZR is None else row_ZR
             fix = lambda x: constrain(x, *cache_spec(cfg))  # all of them, or the compiler moves the cache in each step
             new = tuple(fix(write_tokens(fix(old), fix(x), position_BT, into_ZR)) for old, x in zip(cache, new))
@@ -1521,12 +1521,10 @@ def fit_spec(spec, shape, mesh) -> P:
     return P(*map(fit, spec, shape))
 
 
-def row_shards(cfg: ModelConfig, rows: int = 0) -> int:
-    """Z, the shards of a cache's rows on the current mesh: one for each device along data. rows: of a smaller batch."""
+def row_shards(cfg: ModelConfig) -> int:
+    """Z, the shards of a cache's rows on the current mesh: one for each device along data (`rows_for` sees to that)."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or cfg.split_length:
-        return 1
-    return math.gcd(rows, mesh.shape["data"]) if rows else mesh.shape["data"]
+    return 1 if mesh.empty or cfg.split_length else mesh.shape["data"]
 
 
 def constrain(x, *spec):
@@ -1731,7 +1729,7 @@ def load_policy(directory: str, cfg: ModelConfig, mesh, seed: int = 0) -> Policy
     return make_policy(nnx.merge(graphdef, adapter, jax.tree.unflatten(treedef, weights)), mesh)
 
 # ======================================================================================================================
-# 8. Tasks: problems, words for the model, tools and reward. A task is a file in tasks/; the mathematical ones are here.
+# 8. Tasks: problems, words for the model, and reward. A task is a file in tasks/; the mathematical ones are here.
 # ======================================================================================================================
 
 SLOTS = {  # sections of prompts_seed.txt and the slots each must contain
@@ -1855,13 +1853,14 @@ def read_hub(name: str) -> list[dict]:
 # ---- Words: prompts_seed.txt and the chat template
 
 def read_prompts(path: str, task: str = "", own: str = "") -> dict[str, str]:
-    """The sections of a prompts file for a task. [TASK.name] goes before a task file's own, and these before others."""
+    """The sections of a prompts file for a task. [TASK.name] goes before a task file's own, and these before
+    others; [math.name] is the word of tasks that have none."""
     with explained(f"cannot read the prompts file {path}"):
         text = Path(path).read_text(encoding="utf-8")
     general, special = ({name: body.strip() for name, body in re.findall(
         r"^\[([\w.-]+)\][ \t]*$(.*?)(?=^\[[\w.-]+\][ \t]*$|\Z)", source, re.M | re.S)} for source in (text, own))
     with_prefix = lambda prefix: {n.removeprefix(prefix): x for n, x in general.items() if n.startswith(prefix)}
-    found = general | with_prefix("math.") | special | with_prefix(f"{task}." if task != "math" else "-")
+    found = general | with_prefix("math.") | special | (with_prefix(f"{task}.") if task != "math" else {})
     for name, slots in SLOTS.items():
         if name not in found:
             raise UserError(f"{path} has no section [math.{name}] or [{name}]; copy it from prompts_seed.txt")
@@ -2226,8 +2225,8 @@ def drop_long_problems(task: Task, chat: Chat, context: int, vocab_size: int, mo
     """Leave out problems whose prompt, with the root principles, has no room for a response; say how many."""
     for split, problems in {"train": task.train, "val": task.val, "test": task.test}.items():
         ids = [chat.ids(system_text(task, task.root), x.question) for x in problems]
-        if (highest := max(map(max, filter(None, ids)), default=0)) >= vocab_size:
-            raise UserError(f"the tokenizer gives id {highest}, the model has {vocab_size} tokens; --model mixes two")
+        if (largest := max(map(max, filter(None, ids)), default=0)) >= vocab_size:
+            raise UserError(f"the tokenizer gives id {largest}, the model has {vocab_size} tokens; --model mixes two")
         kept = [x for x, i in zip(problems, ids) if 0 < len(i) < context]
         if len(kept) < len(problems):
             warn(f"left out {len(problems) - len(kept)} of {len(problems)} {split} problems: over {context} tokens")
@@ -2312,11 +2311,12 @@ def evaluate(run: Run, iteration: int, table: bool = False) -> dict:
 
 # ---- Checkpoints and logs
 
-def checkpoint_manager(run: Run, name: str) -> ocp.CheckpointManager:
-    """Orbax checkpoints in <run>/<name>, the last two."""
+def checkpoint_manager(run: Run, name: str, read_only: bool = False) -> ocp.CheckpointManager:
+    """Orbax checkpoints in <run>/<name>, the last two; read_only leaves alone what a run is writing there."""
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # hundreds of lines about what orbax also raises
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)  # of a save that failed
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False) if read_only else ocp.CheckpointManagerOptions(
+        max_to_keep=2, cleanup_tmp_directories=True)  # of a save that failed
     return ocp.CheckpointManager((run.directory / name).absolute(), options=options)
 
 
@@ -2350,8 +2350,8 @@ def fingerprint(weights, loop: dict) -> list[int]:
 
 def restore_checkpoint(run: Run, manager: ocp.CheckpointManager) -> int:
     """Bring `run` back to its latest whole checkpoint and cut its logs there; returns its iteration, -1: none."""
-    like = {"theta": run.policy.theta, "opt_state": run.trainer.opt_state}
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct,
+                        {"theta": run.policy.theta, "opt_state": run.trainer.opt_state})
     how = ocp.args.Composite(loop=ocp.args.JsonRestore(), weights=ocp.args.StandardRestore(like))
     logs = [run.directory / f"{name}.jsonl" for name in ("metrics", "rollouts", "reflections", "not_finite")]
     for done in sorted(manager.all_steps(), reverse=True):
@@ -2444,7 +2444,6 @@ def write_logs(run: Run, m: dict) -> None:
             from_tools("report").draw(run.directory)  # curves.png, tree.png, tree.svg
     except Exception as e:
         warn(f"could not write population.json or a picture, or --track: {first_line(e)}")
-
 
 
 def not_finite(run: Run, iteration: int, learning: dict, samples: list[Sample]) -> dict:

@@ -1064,7 +1064,7 @@ def test_a_prompt_is_computed_once_for_all_its_responses(lora_rank):
 
 
 @pytest.mark.parametrize("prompt_length, lengths", [
-    (300, [40] * 20), (2, [10, 60, 200, 500] * 5), (40, [9, 31, 20] * 7)])
+    (300, [40] * 20), (2, [10, 60, 200, 500] * 5), (40, [9, 31, 20] * 7), (65, [9] * 8)])
 def test_microbatches(prompt_length, lengths, budget=2400):
     rng, prompts = np.random.default_rng(0), random_prompts(*[prompt_length] * 6)
     samples = [espl.Sample(prompts[i // 4], rng.integers(0, V, n).tolist(), rng.normal(size=n).tolist(), float(i))
@@ -1073,6 +1073,7 @@ def test_microbatches(prompt_length, lengths, budget=2400):
     for b in batches:
         assert b["token"].size + b["prompt"].size <= budget * 1.3
         assert len(b["token"]) % 2 == len(b["prompt"]) % 2 == 0
+        assert b["prompt"].shape[1] == (512 if prompt_length == 300 else 64)  # the last token of a prompt is a row's
         for row in np.flatnonzero(b["mask"].any(1)):
             shard, i = divmod(int(row), len(b["token"]) // 2)  # a row's prompt is in its own shard
             n, s = b["mask"][row].sum(), samples[int(b["advantage"][row])]
@@ -1220,8 +1221,9 @@ def test_fused_attention_is_tried_before_it_is_used(monkeypatch, capsys):
     with jax.set_mesh(make_mesh(1, 2)):
         cfg = dataclasses.replace(tiny_policy().cfg, dtype="bfloat16", flash="interpret", layer_window=(1024, 1024))
         assert FLASH.checked(cfg) == cfg and capsys.readouterr().err == ""
-        assert FLASH.checked(dataclasses.replace(cfg, flash="gpu")).flash == ""  # there is none
-        assert re.search("warning: fused attention is not used .*cuDNN", capsys.readouterr().err)
+        for flash, reason in (("gpu", "cuDNN"), ("tpu", "interpret mode")):  # there is neither
+            assert FLASH.checked(dataclasses.replace(cfg, flash=flash)).flash == ""
+            assert re.search(f"warning: fused attention is not used .*{reason}", capsys.readouterr().err)
         use_kernel(monkeypatch, lambda *x, window, cfg: FLASH.kernel(*x, window=window + 1, cfg=cfg))
         assert FLASH.checked(cfg).flash == "" and "it differs by 0.0" in capsys.readouterr().err
         use_kernel(monkeypatch, FLASH.kernel)
@@ -2386,6 +2388,7 @@ def test_a_model_that_only_echoes_breeds_nothing(math_task):
     ("Count " + " ".join(WORDS_13.split()[:12]), WORDS_13, "1", True),
     ("If asked how many primes lie below fifty, sieve.", "How many primes lie below fifty?", "15", True),  # a short one
     ("Primes lie below: sieve.", "Primes lie below?", "15", False),
+    ("Five primes lie below thirteen: sieve.", "Five primes lie below thirteen?", "5", False),  # too short to be told
     ("The result is 204.", "?", "204", True), ("so x=204, then", "?", "204", True),
     ("Use 2043 or 1204 or 204.5 or 1.204", "?", "204", False), ("reduce mod 100", "?", "204", False),
     ("reduce mod 10", "?", "10", False), ("the answer 7", "?", "7", False), ("try 42", "?", "42", False),
@@ -2842,10 +2845,9 @@ def test_memory_is_limited(monkeypatch):
     assert outcomes[0] != "correct" and 100e6 < peak < 500 * 2**20
 
 
-def test_time_is_limited(monkeypatch):
-    monkeypatch.setattr(espl, "GRADE_SECONDS", 2)
+def test_time_is_limited():
     outcomes, seconds, _ = measured(["9^{9^{9^9}}"])
-    assert outcomes == ["timeout"] and 1.9 < seconds < 7
+    assert outcomes == ["timeout"] and 4.5 < seconds < 10
 
 
 def test_without_math_verify_the_outcome_is_error(tmp_path, monkeypatch, capsys):
@@ -3075,13 +3077,15 @@ def evaluation(capsys, *args):
     return run.directory, m, read_lines(run, "rollouts.jsonl"), printed
 
 
-def test_evaluation_of_a_run(world, run_of, tmp_path, capsys):
+def test_evaluation_of_a_run(world, run_of, tmp_path, capsys, caplog):
     """The table that it ended with, or another one, and the run's files stay as they are."""
     run = run_of("espl")
     (writing := run.directory / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()   # a run may be going on
     (writing / "file").touch()
     before, last = contents(run.directory), metrics(run)[-1]
+    caplog.set_level("WARNING", "absl")
     _, m, _, printed = evaluation(capsys, run.directory, "--run-dir", tmp_path / "again")
+    assert not [r for r in caplog.records if r.name == "absl"]                      # orbax's words are not ours
     assert m["table"] == last["table"] and TABLES.table_text(m["table"], last["prompt"], "pass@2") in printed
     other = file(tmp_path, *({"problem": f"problem w{i}", "answer": i % 4} for i in range(5)))
     _, m, rollouts, _ = evaluation(capsys, run.directory, "--run-dir", tmp_path / "more", "--test-file", other,
@@ -3795,6 +3799,17 @@ def test_out_of_memory_is_one_line(world, tmp_path, capsys):
     assert re.match(r"espl: error: out of memory in phase update \(.*17592186044416 bytes.*\); lower ", line)
     assert len(re.findall("--(?:microbatch-tokens|max-new-tokens|context)", line)) == 3
     assert line.endswith(f"python espl.py --resume {run.directory}")
+
+
+def test_out_of_memory_in_the_table_is_more_than_a_warning(monkeypatch, capsys):
+    def exhausted(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(TABLES, "make_table", exhausted)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        TABLES.tabled(None, 1, None, {})
+    monkeypatch.setattr(TABLES, "make_table", fail)
+    assert TABLES.tabled(None, 1, None, {}) == {} and "no 2 x 2 table: it broke" in capsys.readouterr().err
 
 
 def test_the_phase_of_an_error_is_the_one_that_failed():

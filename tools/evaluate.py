@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import espl  # noqa: E402
@@ -59,8 +58,7 @@ def evaluate(run: Path | None, best: bool, flags: list[str]) -> str:
         raise espl.UserError(f"there is no checkpoint in {folder}")
     state, iteration = espl.start_run(c, espl.load_task(c, training=False)), 0
     if run:
-        options = ocp.CheckpointManagerOptions(read_only=True, create=False)  # else it tidies up behind the run
-        with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        with espl.checkpoint_manager(state, str(folder.absolute()), read_only=True) as manager:
             iteration = espl.restore_checkpoint(state, manager)
         if iteration < 0:
             raise espl.UserError(f"no checkpoint in {folder} is whole yet")
