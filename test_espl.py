@@ -5,21 +5,26 @@ differences of the written-out objective, ratings with the trueskill package, ru
 """
 
 import importlib.util
-import mmap
 import os
 import random
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 
 def fast_compilation() -> str:
-    """XLA_FLAGS: compile time, not speed, is what the tests spend. XLA ends a process that gives a flag it does not
-    know, so the last two, which halve it, are left out where jaxlib has them no more."""
-    with open(Path(importlib.util.find_spec("jaxlib").origin).with_name("libjax_common.so"), "rb") as file:
-        known = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        names = dict(xla_cpu_use_fusion_emitters="false", xla_cpu_parallel_codegen_split_count="1")
-        return "--xla_backend_optimization_level=0 " + " ".join(
-            f"--{name}={value}" for name, value in names.items() if known.find(name.encode()) >= 0)
+    """XLA_FLAGS: compile time, not speed, is what the tests spend. XLA ends a process that gives a flag it does not know
+    (jax 0.12 has no fusion emitters to switch off), so a child process tries each of them first."""
+    flags = ("--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1",
+             "--xla_cpu_use_fusion_emitters=false")
+
+    def known(flag):
+        environment = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+        return not subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment,
+                                  capture_output=True).returncode
+
+    return " ".join(filter(known, flags))
 
 
 # Before jax starts: eight simulated devices, and a folder for what was compiled, which processes share. Give one that
@@ -48,8 +53,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
