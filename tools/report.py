@@ -1,17 +1,11 @@
-"""Pictures and words about runs, finished or not: one page to read them on, the tree of prompts, curves, lineage.
+"""What a run did: a report in words, two pictures, a page to look things up, one iteration in full.
 
-    python tools/report.py runs/glyphs-espl-20260214-120000
-    python tools/report.py runs/A runs/B --out compared.html    # B's curves over A's, and its flags beside A's
+    python tools/report.py RUN [RUN ...]       # prints the report, draws curves.png and tree.png
+    python tools/report.py RUN --html          # also writes report.html: prompts, reflections
+    python tools/report.py RUN --iteration 9   # prints that iteration of Algorithm 1 as Markdown
 
-Writes into the (first) run's directory report.html, which needs nothing else, tree.png and tree.svg (every prompt below
-its parents, with its rating mu) and curves.png, and prints the lineage of the tested prompt, the one that evaluations
-report. It reads config.json, population.json and the logs, and shows what there is of them: no model is loaded and no
-run disturbed. While espl.py runs it has the pictures drawn after every evaluation.
-
-The page's curves and tree are SVG by matplotlib, about 20 kB a picture: a browser can select their text, follow their
-links and exchange their colours on a dark screen. plotly would also zoom, for 4.5 MB of JavaScript in every page, a
-second until it is drawn, and boxes that no keyboard reaches. What models say, and names of data, are hostile: they get
-into the page through `join`, which escapes them, and the page's policy lets no script run but that of report.html.
+The run may be finished, going on or killed: what its files have is shown. No model is loaded.
+espl.py starts this program at the end of a run. Other tools import its first part.
 """
 
 import argparse
@@ -19,643 +13,650 @@ import base64
 import contextlib
 import dataclasses
 import difflib
-import functools
-import hashlib
 import html
-import io
+import itertools
 import json
 import math
-import re
 import sys
-import time
+import textwrap
+import warnings
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Iterator
-from xml.etree import ElementTree
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import espl  # noqa: E402
 
-evaluate = espl.from_tools("evaluate")
-COLORS = ("deepskyblue", "orange", "mediumorchid", "seagreen", "tomato", "slategray")  # of operators; of runs
-OPERATOR_COLORS = {name: COLORS[i % len(COLORS)] for i, name in enumerate(espl.OPERATORS)}
+# Okabe and Ito's colours, which colour-blind people can tell apart.
+COLORS = {"espl": "#0072b2", "evolution": "#009e73", "reflection": "#cc79a7", "rl": "#d55e00"}
+VALIDATION, FAINT = "#e69f00", "#9a9a9a"
+WIDTH = 838  # pixels of a picture in a README; pictures are laid out for it
+GAINS = {  # of the 2 x 2 table: what is subtracted from what
+    "prompt alone": ("before, tested", "before, root"),
+    "weights alone": ("after, root", "before, root"),
+    "both": ("after, tested", "before, root"),
+    "interaction": ("both", "prompt alone", "weights alone"),
+}
 
 
-def read_run(directory: Path) -> tuple[list[espl.SystemPrompt], list[dict], espl.SystemPrompt]:
-    """Population, lines of metrics.jsonl, and the tested prompt. Raises UserError if this is not a run's directory."""
-    run = read_record(directory)
-    if run.notes:
-        raise espl.UserError(f"cannot read the run {directory}: {'; '.join(run.notes)}")
-    return run.population, run.metrics, run.tested
+# ---- For all tools
 
 
-def lineage(population: list[espl.SystemPrompt], s: espl.SystemPrompt, most: int = 6) -> str:
-    """How a prompt came about, in words, from itself back to the root; after `most` generations only their number."""
-    words, count = [], 0
-    while s.parents:
-        count += 1
-        parents = " and ".join(map(str, s.parents))
-        words += [f"{s.id} by {s.operation} of {parents} (iteration {s.iteration})"] if count <= most else []
-        s = population[s.parents[0]]  # of a crossover the best parent, set A
-    more = [f"… {count - most} generations more …"] if count > most else []
-    return " <- ".join([*words, *more, f"{s.id}, the root"])
+def new_parser(text):
+    """A parser of arguments for `run_tool`; the text is a tool's docstring."""
+
+    def refuse(message):
+        raise espl.UserError(f"{message}; see --help")
+
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=text, formatter_class=layout)
+    parser.error = refuse
+    return parser
 
 
-def places(population: list[espl.SystemPrompt]) -> tuple[dict[int, float], dict[int, int], int]:
-    """Of each prompt the column and the generation in the tree; and how many columns there are."""
-    children, depth, order, stack = {s.id: [] for s in population}, {}, [], [0]
-    for s in population:  # parents come first
-        depth[s.id] = 1 + max((depth[i] for i in s.parents), default=-1)
-        if s.parents:
-            children[s.parents[0]].append(s.id)
-    while stack:  # depth first
-        order.append(stack.pop())
-        stack += children[order[-1]][::-1]
-    leaves = [i for i in order if not children[i]]
-    x = dict(zip(leaves, range(len(leaves))))  # side by side; every other prompt above the middle of its children
-    for i in reversed(order):
-        x[i] = np.mean([x[child] for child in children[i]]) if children[i] else x[i]
-    return x, depth, len(leaves)
+def run_tool(parser, function, argv=None):
+    """Calls function with the arguments. Returns the exit code: 2 for bad input, 130 if stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # for terminals without accents
+    try:
+        function(**vars(parser.parse_args(argv)))
+    except espl.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
-def tree_figure(population: list[espl.SystemPrompt], tested: int):
-    """Every prompt below its parents, with its mu, beside it its last test score, if it has one; and the mus' scale."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    x, depth, width = places(population)
-    height = 1 + max(depth.values())
-    figure = Figure(figsize=(max(5, 1.5 + 0.62 * width), 1.2 + 0.55 * height), layout="constrained")
-    axis = figure.subplots()
-    axis.set(xlim=(-0.6, width - 0.4), ylim=(height - 0.4, -0.6))
-    axis.axis("off")
-    shades = matplotlib.colors.ListedColormap(matplotlib.colormaps["Greens"](np.linspace(0, 0.6, 256)))
-    mus = [s.mu for s in population]
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(mus), max(mus)), shades)
-    for s in population:
-        look = dict(color=OPERATOR_COLORS.get(s.operation, "gray"))
-        look |= dict(connectionstyle="arc3,rad=0.15") if len(s.parents) > 1 else {}  # bent: they cross others' lines
-        for i in s.parents:
-            axis.annotate("", (x[s.id], depth[s.id] - 0.26), (x[i], depth[i] + 0.28), zorder=1,
-                          arrowprops=dict(arrowstyle="-|>", linewidth=1.3, shrinkA=0, shrinkB=0, **look))
-        axis.text(x[s.id], depth[s.id], f"{s.id}\n{s.mu:.3g}", ha="center", va="center", fontsize=7, zorder=2,
-                  color="#111111", gid=f"node-{s.id}",
-                  bbox=dict(boxstyle="round", facecolor=scale.to_rgba(s.mu), linewidth=2.5 if s.id == tested else 0.6))
-        for e in [e for e in s.scores if e["split"] == "test"][-1:]:
-            axis.text(x[s.id] + 0.33, depth[s.id], f"{e['score']:.2f}", va="center", fontsize=7, color="firebrick")
-    return figure, scale
+def read_jsonl(path):
+    """Yields the records of a JSONL file, none if it is missing; half a last line is left out."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
 
 
-def draw_tree(population: list[espl.SystemPrompt], tested: int, directory: Path) -> None:
-    """tree.png, tree.svg: the tree with its legend."""
-    figure, scale = tree_figure(population, tested)
-    [axis] = figure.axes
-    for name, color in OPERATOR_COLORS.items():
-        axis.plot([], [], color=color, label=name)
-    axis.plot([], [], "ks", markerfacecolor="none", markeredgewidth=2.5, label="tested prompt")
-    axis.plot([], [], color="firebrick", marker="$0.5$", markersize=14, linestyle="", label="test score")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.colorbar(scale, ax=axis, label="rating mu", shrink=min(1, 2.2 / (figure.get_figheight() - 1.2)), aspect=15)
-    figure.suptitle(directory.resolve().name, parse_math=False)
-    figure.savefig(directory / "tree.png", dpi=min(110, 10_000 / max(figure.get_size_inches())))
-    figure.savefig(directory / "tree.svg")
+def read_json(path, default):
+    """The value in a JSON file, or the default if there is no file."""
+    with espl.explained(f"cannot read {path}"):
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
 
 
-def points(rows: list[dict], name: str) -> list[tuple[int, float]]:
-    """(iteration, value) where there is one."""
-    return [(r["iteration"], r[name]) for r in rows if isinstance(r.get(name), (int, float))]
+@dataclass
+class SavedRun:
+    """What a run's directory has; what is missing is empty."""
 
-
-def draw_curves(population: list[espl.SystemPrompt], metrics: list[dict], directory: Path) -> None:
-    """curves.png: rewards and scores, rating mu of each prompt, response length, entropy."""
-    from matplotlib.figure import Figure
-    scores = {name: points(metrics, name) for name in ("val", "test", "test_greedy")}
-    panels = {"reward": {"training batch": points(metrics, "reward_mean")} | {k: v for k, v in scores.items() if v},
-              "rating mu": {f"prompt {s.id}": points(s.history, "mu") for s in population},
-              "response length (tokens)": {"mean": points(metrics, "response_tokens")},
-              "entropy (nats a token)": {"mean": points(metrics, "entropy")}}
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axis, (title, curves) in zip(figure.subplots(2, 2).ravel(), panels.items()):
-        for label, curve in curves.items():
-            axis.plot(*zip(*curve or [(math.nan, math.nan)]), marker=".", label=label)
-        if 1 < len(curves) <= 10:
-            axis.legend(fontsize=8)
-        axis.set(title=title, xlabel="iteration", xlim=(-0.5, metrics[-1]["iteration"] + 0.5))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        if title == "reward":
-            axis.set_ylim(min(-0.02, axis.get_ylim()[0]), 1.02)  # a reward may be negative
-    figure.suptitle(directory.resolve().name, parse_math=False)
-    figure.savefig(directory / "curves.png", dpi=110)
-
-
-def draw(directory: Path) -> tuple[list[espl.SystemPrompt], espl.SystemPrompt]:
-    """All pictures of a run; espl.py calls it after every evaluation. Returns the population and the tested prompt."""
-    population, metrics, tested = read_run(directory)
-    with espl.explained(f"cannot draw into {directory}"):
-        draw_tree(population, tested.id, directory)
-        draw_curves(population, metrics, directory)
-    return population, tested
-
-
-# ---- report.html: what is read for it
-
-@dataclasses.dataclass
-class Record:
-    """What there is of a run; what is missing is empty, and `notes` say so."""
     directory: Path
     config: dict
     metrics: list[dict]
     population: list[espl.SystemPrompt]
-    tested: espl.SystemPrompt | None
-    notes: list[str]
 
     @property
-    def name(self) -> str:
-        return self.directory.resolve().name
+    def tested(self):
+        """The prompt that the last evaluation tested, or None."""
+        end = readings(self.metrics).get("end")
+        if end and end["tested_prompt"] < len(self.population):
+            return self.population[end["tested_prompt"]]
+        return None
 
-    @functools.cached_property
-    def lineage(self) -> list[espl.SystemPrompt]:  # of the tested prompt, the root first
-        found = [self.tested] if self.tested else []
-        while found and found[0].parents:
-            found.insert(0, self.population[found[0].parents[0]])
-        return found
-
-
-def read_record(directory: Path) -> Record:
-    """A run, whatever state it is in. Raises UserError if the directory holds nothing of one."""
-    notes, config, population = [], {}, []
-    for name in ("config.json", "population.json"):
-        try:
-            found = json.loads((directory / name).read_text(encoding="utf-8"))
-            if name == "population.json":
-                population = [espl.SystemPrompt(**s) for s in found]
-                if not all(s.id == i and all(0 <= p < i for p in s.parents) for i, s in enumerate(population)):
-                    population = []
-                    raise ValueError("parents come before children")
-            elif {"task", "mode"} <= found.keys():
-                config = found
-            else:
-                raise ValueError("a model's, not a run's")
-        except Exception as e:
-            notes.append(f"there is no {name}" if isinstance(e, OSError) else f"{name}: {espl.first_line(e)}")
-    metrics = list(lines_of(directory / "metrics.jsonl"))
-    notes += ["there are no prompts"] * (not population) + ["no iteration is logged"] * (not metrics)
-    if not config and not metrics and not population:
-        raise espl.UserError(f"cannot read the run {directory} ({notes[0]}); give the directory of a run of espl.py")
-    own = {f.name for f in dataclasses.fields(espl.Config)}  # a task file's flags are no business of ours
-    with espl.explained(f"cannot read the run {directory}"):
-        c = espl.Config(**{k: v for k, v in config.items() if k in own})
-        tested = espl.tested_prompt(SimpleNamespace(config=c, population=population)) if population else None
-    return Record(directory, config, metrics, population, tested, notes)
+    def log(self, name, **wanted):
+        """Yields the records of a log that have these values."""
+        for record in read_jsonl(self.directory / f"{name}.jsonl"):
+            if all(record.get(key) == value for key, value in wanted.items()):
+                yield record
 
 
-def lines_of(path: Path) -> Iterator[dict]:
-    """The records of a JSONL file, one by one: it may be larger than memory. What is no record is left out, as the last
-    line may be incomplete."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                if isinstance(record := json.loads(line), dict) and isinstance(record.get("iteration"), int):
-                    yield record
+def read_run(directory):
+    """A run's directory as SavedRun. Raises UserError if nothing in it is a run's."""
+    directory = Path(directory)
+    config = read_json(directory / "config.json", {})
+    metrics = list(read_jsonl(directory / "metrics.jsonl"))
+    with espl.explained(f"cannot read {directory / 'population.json'}"):
+        entries = read_json(directory / "population.json", [])
+        population = [espl.SystemPrompt(**entry) for entry in entries]
+    if not metrics and not population and "mode" not in config:
+        raise espl.UserError(f"{directory} is not the directory of a run of espl.py")
+    return SavedRun(directory, config, metrics, population)
 
 
-def spread(items: list, most: int) -> list:
-    """At most so many of the items, evenly spaced, with the first and the last."""
-    return [items[i] for i in {*np.linspace(0, len(items) - 1, most).round().astype(int)}] if items else []
+def readings(metrics):
+    """The evaluations that are reported: {name: line of metrics.jsonl}, {} if there was none."""
+    evaluations = [m for m in metrics if "test" in m]
+    found = {}
+    if evaluations:
+        found["start"] = evaluations[0]
+        validated = [m for m in evaluations if "val" in m]
+        if validated:
+            found["picked by validation"] = max(validated, key=lambda m: m["val"])  # the first
+        found["end"] = evaluations[-1]
+    return found
 
 
-def survey_rollouts(run: Record) -> tuple[dict, list[dict]]:
-    """Of training rollouts {(problem, prompt): [sum of rewards, number]}; and samples: of some iterations the first
-    response of training, and of the test, with each outcome."""
-    picked = {0, 1, *spread([m["iteration"] for m in run.metrics], 7)}
-    values, samples = defaultdict(lambda: [0.0, 0]), {}
-    for r in lines_of(run.directory / "rollouts.jsonl"):
-        if r["split"] == "train":
-            cell = values[r["problem"], r["prompt"]]
-            cell[:] = cell[0] + r["reward"], cell[1] + 1
-        if r["iteration"] in picked and r["split"] in ("train", "test"):
-            samples.setdefault((r["iteration"], r["split"] == "test", r["outcome"]), r)
-    return values, [samples[key] for key in sorted(samples)]
+def interval(values):
+    """Mean of the values, and a 95 % bootstrap interval (percentiles)."""
+    values = np.asarray(values, float)
+    means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return values.mean(), low, high
 
 
-def survey_reflections(run: Record) -> dict[int, list[dict]]:
-    """What critique, aggregate and crossover replied, and tracebacks, by iteration: those that made the lineage, the
-    latest, and some between."""
-    bred = [m["iteration"] for m in run.metrics if "no_child" in m]
-    picked = {*[s.iteration for s in run.lineage[1:]][-10:], *bred[-4:], *spread(bred, 10)}
-    found = defaultdict(list)
-    for r in lines_of(run.directory / "reflections.jsonl"):
-        if r["iteration"] in picked and r.get("request") != "summarize":
-            found[r["iteration"]].append({k: r.get(k) for k in ("request", "reply", "traceback")})
-    return dict(sorted(found.items()))
+def table_of(metrics):
+    """The 2 x 2 table at the end of a run, and its gains: {name: score of each problem}.
+
+    A gain is a difference on each problem, hence paired. Of cells that are equal because no weight
+    was trained, or because the root is the tested prompt, there is one. {}: the run has no table.
+    """
+    last = metrics[-1] if metrics else {}
+    trained = any("loss" in m for m in metrics)
+    cells = {}
+    for name, scores in last.get("table", {}).items():
+        weights, prompt = name.split(", ")
+        if (weights == "before" or trained) and (prompt == "root" or last["tested_prompt"] > 0):
+            cells[name] = np.array(scores)
+    for gain, (whole, *parts) in GAINS.items():
+        if {whole, *parts} <= cells.keys():
+            cells[gain] = cells[whole] - sum(cells[part] for part in parts)
+    return cells
 
 
-# ---- report.html: how it is made. The page's frame, its looks and its script are report.html beside this file.
-
-class Html(str):
-    """Markup of ours. All other text is escaped on its way into the page, by `join`."""
-
-
-def clean(text) -> str:
-    """Text without what could hide or turn round other text: control characters and marks of direction."""
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]",
-                  "\ufffd", str(text).replace("\r\n", "\n"))
+def rewards_by(name, rollouts):
+    """{value of that name: rewards} of records of rollouts.jsonl."""
+    rewards = defaultdict(list)
+    for r in rollouts:
+        rewards[r[name]].append(r["reward"])
+    return rewards
 
 
-def join(parts) -> Html:
-    """Several pieces in a row; None is left out."""
-    return Html("".join(x if isinstance(x, Html) else html.escape(clean(x)) for x in parts if x is not None))
+def pass_rates(rollouts):
+    """{k: pass@k} on some problems: how probably one of k responses has a reward of 1.
+
+    If c of n responses have, C(n - c, k) of the C(n, k) choices of k fail: an unbiased estimate.
+    """
+    rewards = rewards_by("problem", rollouts).values()
+    n = min(map(len, rewards), default=0)
+    rates = {}
+    for k in sorted({*(2**i for i in range(n.bit_length())), n} - {0}):
+        failed = [math.comb(len(r) - r.count(1), k) / math.comb(len(r), k) for r in rewards]
+        rates[k] = 1 - sum(failed) / len(failed)
+    return rates
 
 
-def tag(name: str, *inside, **attributes) -> Html:
-    """<name attributes>inside</name>. cls is class, data_x is data-x; an attribute that is None is left out."""
-    given = [f' {k.replace("cls", "class").replace("_", "-")}="{html.escape(clean(v))}"'
-             for k, v in attributes.items() if v is not None]
-    return Html(f"<{name}{''.join(given)}>{join(inside)}</{name}>")
-
-
-def table(heads, rows, label: str, cls: str | None = None, ids=()) -> Html:
-    """A table that scrolls in a box of its own. A cell may be a td or th ready made; `ids` are those of the rows."""
-    number = lambda x: "n" if not isinstance(x, Html) and re.fullmatch(r"[-+.,\d]+( [%\d]+)*", str(x)) else None
-    cell = lambda x: x if isinstance(x, Html) and x.startswith(("<td", "<th")) else tag("td", x, cls=number(x))
-    rows, ids = [[*row] for row in rows], [*ids] or [None] * len(rows)
-    body = [tag("tr", *map(cell, row), id=key) for row, key in zip(rows, ids)]
-    above = zip(heads, rows[0] if rows else heads)
-    head = tag("thead", tag("tr", *(tag("th", x, scope="col", cls=number(below)) for x, below in above)))
-    return tag("div", tag("table", head, tag("tbody", *body), cls=cls), cls="scroll", tabindex=0, role="region",
-               aria_label=label)
-
-
-def fold(summary, *inside, start: bool = False) -> Html:
-    """A part that opens when its heading is clicked, or Enter pressed there."""
-    return tag("details", tag("summary", summary), *inside, open="" if start else None)
-
-
-def short(text, most: int = 6000) -> str:
-    """A long text without its middle."""
-    cut = len(text := str(text)) - most
-    return text if cut <= 0 else f"{text[:most // 2]}\n[… {cut:,} characters left out …]\n{text[-most // 2:]}"
-
-
-def svg(figure, label: str, notes: dict[str, str] | None = None) -> Html:
-    """A matplotlib figure as part of the page, in the page's colours. notes: {id in the picture: hover text}; what has
-    one becomes a link to the prompt's row in the table."""
+def new_figure(height):
+    """An empty figure of a README's width in the style of all pictures, the height in pixels."""
     import matplotlib
-    space, notes, out = "{http://www.w3.org/2000/svg}", notes or {}, io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
-        figure.savefig(out, format="svg", transparent=True,
-                       metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = out.getvalue().replace("#000000", "currentColor")
-    for i, name in enumerate((*COLORS, "firebrick")):
-        text = text.replace(matplotlib.colors.to_hex(name), f"var(--c{i})")
-    for e in (root := ElementTree.fromstring(text)).iter():
-        if (key := e.get("id")) in notes:
-            e.tag = space + "a"
-            e.set("href", key.replace("node", "#prompt"))
-            e.insert(0, hover := ElementTree.Element(space + "title"))
-            hover.text = clean(notes[key])
-        elif key and re.fullmatch(r"[A-Za-z0-9.]+_\d+", key):
-            del e.attrib["id"]  # of no use, and the same in every picture
-    root.set("role", "group" if notes else "img")
-    root.set("aria-label", clean(label))
-    ElementTree.register_namespace("", space[1:-1])
-    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    return Html(ElementTree.tostring(root, encoding="unicode"))
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams |= {
+        "font.size": 9,  # 12 pixels in a README
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+    }
+    return Figure(figsize=(WIDTH / 100, height / 100), dpi=200, layout="constrained")
 
 
-@functools.lru_cache(None)
-def likeness(a: str, b: str) -> tuple[float, difflib.SequenceMatcher]:
-    """How alike two principles are, word by word: 0 to 1."""
-    matcher = difflib.SequenceMatcher(None, *(re.findall(r"\S+\s*", text + " ") for text in (a, b)), autojunk=False)
-    return matcher.ratio(), matcher
+# ---- The report in words
 
 
-def changes(old: list[str], new: list[str]) -> Html:
-    """A child's principles against its parent's: what was reworded, word by word, what was added, what is gone."""
-    gone, items = [text for text in old if text not in new], []
-    kept = len(old) - len(gone)
-    for text in (text for text in new if text not in old):
-        near = max(gone, key=lambda x: likeness(x, text)[0], default=None)
-        if near is None or likeness(near, text)[0] < 0.4:
-            items.append(tag("li", "+ ", tag("ins", text)))
+def closing_report(run):
+    """What there is to say of a run."""
+    parts = [f"{run.config.get('mode', 'a run')} on {run.config.get('task', 'some task')}"]
+    parts.append(scores_text(run))
+    cells = table_of(run.metrics)
+    if cells:
+        parts.append(table_text(cells, run.metrics[-1]["tested_prompt"]))
+    if run.tested:
+        parts.append(prompt_text(run))
+    used = [usage(run.metrics, "tokens"), usage(run.metrics, "seconds")]
+    parts.append("\n".join([*used, f"files: {run.directory}"]))
+    return "\n\n".join(parts)
+
+
+def scores_text(run):
+    """The scores at the start, where validation picked, and at the end, and pass@k there."""
+    found = readings(run.metrics)
+    if not found:
+        return "There is no evaluation: metrics.jsonl has no test score."
+    lines = ["mean reward".ljust(22) + "iteration   prompt      val     test"]
+    for name, m in found.items():
+        val = f"{m['val']:.3f}" if "val" in m else ""
+        place = f"{m['iteration']:>9}{m['tested_prompt']:>9}"
+        lines.append(f"{name:<22}{place}{val:>9}{m['test']:>9.3f}")
+    at_the_end = run.log("rollouts", split="test", iteration=found["end"]["iteration"])
+    rates = pass_rates(at_the_end)
+    if len(rates) > 1:
+        lines.append("at the end " + rates_text(rates))
+    return "\n".join(lines)
+
+
+def rates_text(rates):
+    return ", ".join(f"pass@{k} {rate:.3f}" for k, rate in rates.items())
+
+
+def interval_text(values, sign=""):
+    mean, low, high = interval(values)
+    return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+def table_text(cells, tested):
+    """The cells of `table_of` and their gains with 95 % intervals; tested: the prompt's id."""
+    heads = ["root prompt"]
+    if tested > 0:
+        heads.append(f"prompt {tested}")
+    rows = {"mean reward (95 % interval)": heads}
+    for name, values in cells.items():
+        weights, is_cell, _ = name.partition(", ")
+        title = f"weights {weights} training" if is_cell else f"gain: {name}"
+        text = interval_text(values, "" if is_cell else "+")
+        rows.setdefault(title, []).append(text)
+    lines = [title.ljust(28) + "".join(f"{x:>26}" for x in row) for title, row in rows.items()]
+    return "\n".join(lines)
+
+
+def prompt_text(run):
+    """The tested prompt with its rating and lineage."""
+    s = run.tested
+    line = [str(ancestor.id) for ancestor in lineage(run.population, s)]
+    text = espl.listing(espl.numbered(s.principles))
+    head = f"prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}; lineage {' > '.join(line)}"
+    return head + "\n" + textwrap.indent(text, "    ")
+
+
+def usage(metrics, name):
+    """Tokens or seconds of a run, by what they were used for."""
+    total = Counter()
+    for m in metrics:
+        total.update(m.get(name, {}))
+    whole = sum(total.values())
+    parts = [f"{kind} {n:,.0f} ({n / whole:.0%})" for kind, n in total.most_common() if n]
+    return f"{whole:,.0f} {name}: {', '.join(parts) or 'none'}"
+
+
+def lineage(population, s):
+    """A prompt's ancestors, the root first, and itself; of a crossover the best parent counts."""
+    line = [s]
+    while line[0].parents:
+        line.insert(0, population[line[0].parents[0]])
+    return line
+
+
+def edits(old, new):
+    """What turned one list of principles into another: '+ “text”', '- “text”', '“old” → “new”'."""
+    found = []
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    for kind, i, j, k, n in matcher.get_opcodes():
+        if kind == "equal":
             continue
-        gone.remove(near)
-        _, m = likeness(near, text)
-        parts = []
-        for kind, i, j, k, n in m.get_opcodes():
-            before, after = "".join(m.a[i:j]), "".join(m.b[k:n])
-            parts += [after] if kind == "equal" else [tag("del", before), " "] * (j > i) + [tag("ins", after)] * (n > k)
-        items.append(tag("li", "~ ", *parts))
-    items += [tag("li", "− ", tag("del", text)) for text in gone]
-    return tag("ul", *items, tag("li", f"{kept} unchanged", cls="soft"), cls="diff")
+        for before, after in itertools.zip_longest(old[i:j], new[k:n]):  # an edit keeps its place
+            if before is None:
+                found.append(f"+ “{after}”")
+            elif after is None:
+                found.append(f"- “{before}”")
+            else:
+                found.append(f"“{before}” → “{after}”")
+    return found
 
 
-def principles(s: espl.SystemPrompt) -> Html:
-    """The principles of a prompt, by the ids that reflections call them."""
-    items = [tag("li", tag("b", f"G{i} "), text) for i, text in enumerate(s.principles)]
-    return tag("ul", *items or [tag("li", "No principles: the task's system prompt alone.")], cls="principles")
+def described(s):
+    """A prompt's origin in a few words."""
+    parents = " and ".join(map(str, s.parents))
+    return f"{s.operator} of {parents}, iteration {s.iteration}" if parents else "the root"
 
 
-def described(s: espl.SystemPrompt) -> str:
-    """A prompt in a few words."""
-    parents = " of " + " and ".join(map(str, s.parents)) if s.parents else ""
-    return f"prompt {s.id}: {s.operation}{parents}, iteration {s.iteration}"
+# ---- Pictures
 
 
-# ---- report.html: its parts
-
-CURVES = {"Reward of the training batch": ["reward_mean"], "Test score": ["test", "test_greedy"],
-          "Validation score": ["val"], "Response length, tokens": ["response_tokens"],
-          "Share of responses cut at the limit": ["truncated"], "Entropy, nats a token": ["entropy"],
-          "Share of groups whose rewards differ": ["contrast_groups"], "Gradient norm": ["grad_norm"]}
-MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}  # of runs, besides their colours
-STOPS = {"eos": "ended by itself", "length": "cut at the limit", "calls": "ended by a tool call too many"}
-
-
-def headline(runs: list[Record]) -> Html:
-    """The numbers to read first: of the first run, and of several a table."""
-    rows = []
-    for r in runs:
-        tests = [m for m in r.metrics if "test" in m]
-        scores = {k: f"{e['test']:.3f}" for k, e in (evaluate.summary(tests) if tests else {}).items()}
-        done, planned = max([m["iteration"] for m in r.metrics], default=0), r.config.get("iterations")
-        took = sum(sum(m.get("seconds", {}).values()) for m in r.metrics)
-        rows.append({
-            "Run": r.name, "Task": r.config.get("task") or r.config.get("train_file") or "?",
-            "Mode": r.config.get("mode", "?"), "Model": r.config.get("model", "?"), "Seed": r.config.get("seed", "?"),
-            "Iterations": f"{done} of {planned}" if planned else done,
-            "Test before → after": f"{scores.get('base model', '–')} → {scores.get('final', '–')}",
-            "Mean of last 5": scores.get("mean of last 5", "–"),
-            "Picked by validation": scores.get("picked by validation", "–"),
-            "Best prompt": f"{r.tested.id}, mu {r.tested.mu:.1f} ± {r.tested.sigma:.1f}" if r.tested else "–",
-            "Prompts": len(r.population), "Time": f"{took / 60:.1f} min" if took < 5400 else f"{took / 3600:.1f} h"})
-    tiles = [tag("div", tag("dt", k), tag("dd", v)) for k, v in rows[0].items() if k != "Run"]
-    return join([tag("dl", *tiles, cls="tiles"), *[
-        table(rows[0], [row.values() for row in rows], "the runs", "runs"),
-        tag("p", f"Below, all but curves and configuration is of {runs[0].name}.")] * (len(runs) > 1),
-        *[tag("p", f"{r.name}: {note}", cls="note") for r in runs for note in r.notes]])
-
-
-def curve(axis, xy: list[tuple[int, float]], color: str, mark: str, line: str) -> None:
-    """A curve; one of many points is faint, with its running mean over 15. mark: of its run, if there are several."""
-    x, y = np.array(xy).T
-    if len(x) > 60:
-        axis.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
-        y = np.convolve(np.pad(y, 7, mode="edge"), np.full(15, 1 / 15), "valid")
-    axis.plot(x, y, line, color=color, linewidth=1.6, marker=mark or "o" * (len(x) <= 30), markersize=4,
-              markevery=-(-len(x) // 15) if mark else 1)
-
-
-def curves(runs: list[Record]) -> Iterator[Html]:
-    """A picture for each metric with all runs in it, the ratings of the first run's prompts, and its evaluations."""
-    from matplotlib.figure import Figure
-    run, pictures, own = runs[0], {}, {s.id for s in runs[0].lineage}
-    looks = list(zip(COLORS * len(runs), [*MARKS] * len(runs))) if len(runs) > 1 else [(COLORS[0], "")]
-    for title, names in CURVES.items():
-        found = [(xy, *look, line) for r, look in zip(runs, looks) for name, line in zip(names, ("-", ":"))
-                 if (xy := points(r.metrics, name))]
-        pictures[title + " (dotted: greedy)" * any(line == ":" for *_, line in found)] = [(curve, x) for x in found]
-    pictures["Rating mu of each prompt (coloured: the lineage of the best)"] = [
-        (lambda axis, s: axis.plot(*zip(*points(s.history, "mu")), "." if len(s.history) == 1 else "-", color=COLORS[
-            0] if s.id in own else "gray", alpha=1 if s.id in own else 0.4, zorder=2 + (s.id in own)), [s])
-        for s in run.population if s.history and len(run.population) > 1]
-    if len(runs) > 1:
-        yield tag("ul", cls="legend", *(
-            tag("li", tag("b", MARKS[mark], style=f"color: var(--c{COLORS.index(color)})"), f" {r.name}")
-            for r, (color, mark) in zip(runs, looks)))
-    drawn = []
-    for title, parts in pictures.items():
-        axis = (figure := Figure(figsize=(4.6, 2.6), layout="constrained")).subplots()
-        for draw_part, arguments in parts:
-            draw_part(axis, *arguments)
-        axis.set(xlabel="iteration")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        drawn += [tag("figure", tag("figcaption", title), svg(figure, title))] if parts else []
-    yield tag("div", *drawn, cls="grid") if drawn else tag("p", "No iteration is logged yet.")
-    tested = [m for m in run.metrics if {"val", "test"} & m.keys()]
-    names = [n for n in dict.fromkeys(k for m in tested for k in m) if n.startswith(("val", "test"))]
-    rows = [[m["iteration"], m.get("prompt", "–"), *(f"{m[n]:.3f}" if n in m else "–" for n in names)] for m in tested]
-    if rows:
-        yield fold("The evaluations in numbers", table(["iteration", "prompt", *names], rows, "evaluations"))
-
-
-def tree(run: Record) -> Iterator[Html]:
-    """The tree as a picture whose boxes tell of their prompts."""
-    if len(run.population) < 2:
-        yield tag("p", "No prompt was bred, or not yet.")
-        return
-    notes = {f"node-{s.id}": "\n".join([
-        described(s), f"mu {s.mu:.1f}, sigma {s.sigma:.1f}, {len(s.history)} tournaments",
-        *(f"{e['split']} {e['score']:.3f} (iteration {e['iteration']})" for e in s.scores[-2:]),
-        *(f"G{i} {short(text, 160)}" for i, text in enumerate(s.principles[:12]))]) for s in run.population}
-    yield tag("p", "A box is a prompt with its rating mu, the greener the higher, below its parents; beside it its "
-              "last test score; a thick frame marks the best. Hover to read a prompt, click to find it in the table.")
-    yield tag("ul", *(tag("li", tag("b", "—▸", style=f"color: var(--c{COLORS.index(color)})"), f" {name}")
-                      for name, color in OPERATOR_COLORS.items()), cls="legend")
-    figure, _ = tree_figure(run.population, run.tested.id)
-    yield tag("div", svg(figure, "evolutionary tree", notes), cls="scroll tree", tabindex=0, role="region",
-              aria_label="evolutionary tree", data_show=f"node-{run.tested.id}")
-
-
-def descent(run: Record) -> Iterator[Html]:
-    """The lineage of the tested prompt, step by step."""
-    steps = []
-    for parent, s in zip(run.lineage, run.lineage[1:]):
-        more = f", with {' and '.join(map(str, s.parents[1:]))}" if s.parents[1:] else ""
-        heading = f"{parent.id} → {s.id}: {s.operation}{more}, iteration {s.iteration}; mu at last {s.mu:.1f}"
-        steps.append(tag("div", tag("h3", heading), changes(parent.principles, s.principles), cls="card"))
-    if len(steps) > 8:
-        yield fold(f"The first {len(steps) - 8} of {len(steps)} steps", *steps[:-8])
-    yield from steps[-8:] or [tag("p", "The best prompt is the root." if run.tested else "There is no prompt yet.")]
-
-
-def prompts(run: Record) -> Iterator[Html]:
-    """The table of prompts."""
-    rows, own = [], {s.id for s in run.lineage}
-    for s in run.population:
-        score = {e["split"]: f"{e['score']:.3f}" for e in s.scores}
-        rows.append([
-            s.id, "★ best" if s is run.tested else "lineage" if s.id in own else "", s.operation,
-            " ".join(map(str, s.parents)), s.iteration, f"{s.mu:.1f}", f"{s.sigma:.1f}", len(s.history),
-            f"{s.history[-1]['value']:.3f}" if s.history else "", score.get("val", ""), score.get("test", ""),
-            fold(f"{len(s.principles)} principles", principles(s))])
-    heads = "id", "", "made by", "parents", "iteration", "mu", "sigma", "tournaments", "last V", "val", "test"
-    yield tag("p", "A click on the head of a column sorts by it.")
-    yield table([*(x and tag("button", x, type="button") for x in heads), "principles"], rows, "prompts", "sortable",
-                [f"prompt-{s.id}" for s in run.population])
-
-
-def heat_map(values: dict) -> Iterator[Html]:
-    """Problems by prompts; empty cells in a row are one."""
-    cells, columns = defaultdict(dict), sorted({prompt for _, prompt in values})
-    for (problem, prompt), (total, n) in values.items():
-        cells[problem][prompt] = total / n, n
-    low = min([0, *(v for row in cells.values() for v, _ in row.values())])
-    brief = lambda v: f"{v:.2f}".rstrip("0").rstrip(".").replace("0.", ".")
-    colored = lambda v, **more: tag("td", brief(v), cls=f"v{round(10 * (v - low) / (1 - low))}", **more)
-    empty = lambda n: [tag("td", colspan=n)] if n else []
-    rows = []
-    for problem, row in cells.items():
-        mean = sum(v * n for v, n in row.values()) / sum(n for _, n in row.values())
-        line, last = [tag("th", problem, scope="row"), colored(mean)], -1
-        for i, prompt in enumerate(columns):
-            if prompt in row:
-                v, n = row[prompt]
-                line += [*empty(i - last - 1), colored(v, title=f"{problem}, prompt {prompt}: {v:.2f} of {n}")]
-                last = i
-        rows.append((mean, line + empty(len(columns) - last - 1)))
-    yield tag("p", f"V, the mean reward of training rollouts, from {low:.2g} (pale) to 1 (strong). Problems: "
-              f"{len(rows)}, the hardest first; prompts: {len(columns)}. Empty: never tried.")
-    yield table(["problem", "all", *columns], [line for _, line in sorted(rows, key=lambda x: x[0])],
-                "problems by prompts", "heat")
-
-
-def rollouts(samples: list[dict]) -> Iterator[Html]:
-    """Sample responses."""
-    yield tag("p", "Of some iterations the first response with each outcome." if samples else "None is logged yet.")
-    for r in samples:
-        sign = "✓" if r["reward"] == 1 else "✗" if r["reward"] <= 0 else "◐"
-        stop = f"{STOPS.get(r['stop'], r['stop'])} after {r['tokens']} tokens"
-        yield fold(f"{sign} {r['outcome']}, reward {r['reward']:.2g}: iteration {r['iteration']}, {r['split']}, prompt "
-                   f"{r['prompt']}, problem {r['problem']}; {stop}", tag("pre", short(r["response"])),
-                   start=r is samples[0])
-
-
-def reflections(run: Record, found: dict[int, list[dict]]) -> Iterator[Html]:
-    """Replies of the reflection model on the left, what became of them on the right."""
-    parse, task = espl.parse_operations, str(run.config.get("task"))
-    if re.fullmatch(r"\w+", task):  # one of tasks/; what else a config.json may name is not run
-        with contextlib.suppress(espl.UserError):
-            parse = espl.task_file(task).get("parse", parse)
-    lines = {m["iteration"]: m for m in run.metrics}
-    why = Counter(re.split(r" \(|;", x)[0] for m in run.metrics for x in m.get("no_child", {}).values())
-    yield tag("p", f"{len(run.population[1:])} children were made. Attempts that made none: ", "; ".join(
-        f"{n} × {x}" for x, n in why.most_common(6)) or "none", ". Shown are iterations of the best prompt's lineage, "
-        "the latest, and some between.")
-    for iteration, replies in found.items():
-        m = lines.get(iteration, {})
-        bred = {name: run.population[c["id"]] for name, c in m.get("children", {}).items()
-                if c["id"] < len(run.population)}
-        right = [join([tag("h3", described(s)), changes(run.population[s.parents[0]].principles, s.principles)])
-                 for s in bred.values()]
-        right += [tag("p", f"No child by {name}: {reason}") for name, reason in m.get("no_child", {}).items()]
-        if m.get("dropped"):
-            right.append(tag("p", "dropped: ", ", ".join(f"{n} {x}" for x, n in m["dropped"].items()), cls="soft"))
-        yield fold(f"Iteration {iteration}: {', '.join(f'prompt {s.id}' for s in bred.values()) or 'no child'}", tag(
-            "div", tag("div", *(reflection(r, parse, bred) for r in replies)), tag("div", *right), cls="pair"),
-            start=iteration == min(found))
-
-
-def reflection(r: dict, parse, bred: dict[str, espl.SystemPrompt]) -> Html:
-    """A reply's operations with what became of each, and its text to unfold."""
-    if r["traceback"]:
-        return fold("An operator failed", tag("pre", r["traceback"]))
-    operations, child = None, bred.get("crossover" if r["request"] == "crossover" else "mutation")
-    with contextlib.suppress(Exception):  # a run survives its task's parser, so do we
-        operations = parse(espl.final_text(str(r["reply"])).strip())
-    kept, items = {text.casefold() for text in child.principles} if child else (), []
-    for op in operations or []:
-        text = " ".join(str(op.get("principle") or "").split())
-        fate = "no child" if not child else f"in prompt {child.id}" if text.casefold() in kept else "not as it stands"
-        named = [op.get(k) for k in ("modified_from", "remove_id", "merged_from") if op.get(k)]
-        items.append(tag("li", tag("b", op.get("operation")), f" {', '.join(map(str, named))} {text} ",
-                         tag("span", fate, cls="fate") if text else None))
-    said = "could not be read" if operations is None else "" if items else "nothing to change"
-    return join([tag("h3", r["request"], ": " * bool(said), said), tag("ul", *items),
-                 fold("the reply", tag("pre", short(r["reply"], 3000)))])
-
-
-def seconds(run: Record) -> Iterator[Html]:
-    """Where the time went."""
-    from matplotlib.figure import Figure
-    rows = [m for m in run.metrics if m.get("seconds")]
-    total = sum((Counter(m["seconds"]) for m in rows), Counter())
-    if not total:
-        yield tag("p", "No iteration is logged yet.")
-        return
-    axis = (figure := Figure(figsize=(4.6, 2.8), layout="constrained")).subplots()
-    x, below = [m["iteration"] for m in rows], np.zeros(len(rows))
-    for (name, _), color in zip(total.most_common(), COLORS * len(total)):
-        y = np.array([m["seconds"].get(name, 0) for m in rows])
-        axis.fill_between(x, below, below := below + y, step="mid", color=color, label=name, linewidth=0)
-    axis.set(xlabel="iteration", ylabel="seconds", ylim=(0, None))
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, ncols=5, loc="outside upper left", fontsize=8, handlelength=1, columnspacing=1)
-    shares = [[name, f"{s:,.1f}", f"{100 * s / sum(total.values()):.1f} %", f"{s / len(rows):,.2f}"]
-              for name, s in total.most_common()]
-    yield tag("div", tag("figure", svg(figure, "seconds by phase")), table(
-        ["phase", "seconds", "share", "an iteration"], shares, "seconds by phase"), cls="grid")
-
-
-def configuration(runs: list[Record]) -> Iterator[Html]:
-    """All flags, of all runs."""
-    fields = {f.name: (f.default, f.metadata["text"]) for f in dataclasses.fields(espl.Config)}
-    written, rows = lambda x: json.dumps(x, ensure_ascii=False), []
-    for name in dict.fromkeys([*fields, *(k for r in runs for k in r.config)]):
-        default, text = fields.get(name, ("", "a flag of the task"))
-        given = [written(r.config[name]) if name in r.config else "–" for r in runs]
-        marked = len({*given}) > 1 if len(runs) > 1 else given[0] != written(default)
-        rows.append(["★" * marked, tag("th", name, scope="row"), *given, written(default), text])
-    yield tag("p", "★: the runs differ." if len(runs) > 1 else "★: not the default of espl.py.")
-    yield table(["", "flag", *(r.name for r in runs), "default", "meaning"], rows, "configuration", "wide")
-
-
-def page(runs: list[Record]) -> str:
-    """The whole document."""
-    run, frame = runs[0], Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    values, samples = survey_rollouts(run)
-    sections = {
-        "Curves": curves(runs), "Evolutionary tree": tree(run), "Lineage of the best prompt": descent(run),
-        "Prompts": prompts(run), "Problems and prompts": heat_map(values), "Sample rollouts": rollouts(samples),
-        "Reflections": reflections(run, survey_reflections(run)), "Seconds by phase": seconds(run),
-        "Configuration": configuration(runs)}
-    keys = {title: title.lower().replace(" ", "-") for title in sections}
-    stamp = max((p.stat().st_mtime for p in run.directory.glob("*.json*")), default=0)
-    body = join([
-        tag("h1", " and ".join(r.name for r in runs)),
-        tag("p", f"Last written {time.strftime('%Y-%m-%d %H:%M', time.localtime(stamp))}.", cls="soft"), headline(runs),
-        tag("nav", *(tag("a", title, href=f"#{key}") for title, key in keys.items()), aria_label="sections"),
-        *([tag("h3", f"The best prompt, {run.tested.id}"), principles(run.tested)] if run.tested else []),
-        *(tag("section", tag("h2", title), *parts, id=keys[title]) for title, parts in sections.items())])
-    script = hashlib.sha256(re.search("<script>(.*?)</script>", frame, re.S)[1].encode()).digest()
-    frame = frame.replace("SCRIPTS", f"script-src 'sha256-{base64.b64encode(script).decode()}'")
-    frame = frame.replace("<!-- title -->", tag("title", f"{run.name}: E-SPL report"))
-    return frame.replace("<!-- body -->", tag("main", body))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The program; returns its exit code: 0, or 2 for bad input."""
-    def stop(message):
-        raise espl.UserError(message)
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, nargs="+", help="a run's directory; of more the curves are compared")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="instead of report.html in the first run's directory")
-    parser.error = stop  # instead of the usage on many lines
+def draw(run):
+    """Draws what there is to draw. Returns what to say about it."""
     try:
-        args = parser.parse_args(argv)
-        runs, first = [read_record(d) for d in args.run_dir], args.run_dir[0]
-        with espl.explained(f"cannot make a report of {first}"):
-            out = args.out or first / "report.html"
-            espl.write_whole(out, page(runs))
-        drawn = [str(out)]
-        with contextlib.suppress(espl.UserError):  # of a run that lacks files there is the page alone
-            draw(first)
-            drawn += ["tree.png", "tree.svg", "curves.png"]
-    except espl.UserError as e:
-        print(f"report: error: {e}", file=sys.stderr)
-        return 2
-    if s := runs[0].tested:
-        print(f"tested prompt {s.id}: mu {s.mu:.1f}, sigma {s.sigma:.1f}\n{lineage(runs[0].population, s)}")
-    print(f"drawn in {first}: {', '.join(drawn)}")
-    return 0
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return "no pictures: pip install matplotlib"
+    quiet = warnings.catch_warnings(action="ignore")  # of letters that the font lacks
+    with quiet, espl.explained(f"cannot draw into {run.directory}"):
+        draw_curves(run, run.directory / "curves.png")
+        if not run.tested:
+            return "pictures: curves.png, but no tree.png, as no prompt was tested"
+        draw_lineage(run, run.directory / "tree.png")
+    return "pictures: curves.png, tree.png"
+
+
+def draw_curves(run, path):
+    """Mean rewards over the iterations: training batches, validation, test."""
+    figure = new_figure(height=340)
+    axis = figure.subplots()
+    test_color = COLORS.get(run.config.get("mode"), COLORS["espl"])
+    curves = {
+        "reward_mean": ("training batch", FAINT, "-"),
+        "val": ("validation", VALIDATION, "o-"),
+        "test": ("test", test_color, "o-"),
+    }
+    for name, (label, color, style) in curves.items():
+        points = [(m["iteration"], m[name]) for m in run.metrics if name in m]
+        if points:
+            axis.plot(*zip(*points), style, color=color, label=label, markersize=4)
+    axis.set(xlabel="iteration", ylabel="mean reward")
+    axis.set_ylim(min(0, axis.get_ylim()[0]), max(1, axis.get_ylim()[1]))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside upper center", ncols=3)
+    figure.savefig(path)
+
+
+def draw_lineage(run, path, most=24):
+    """How the tested prompt came about: its ancestors by iteration, and the edit of each step.
+
+    Arrows go down and to the right, so in the left half a label stands on the right of its prompt
+    and rises, in the right half it stands on the left and sinks.
+    """
+    line = lineage(run.population, run.tested)[-most:]
+    labels = [step_label(run.population, s) for s in line]
+    bottoms = list(itertools.accumulate(max(46, 15 * len(label) + 24) for label in labels))
+    first, last = line[0].iteration, max(line[-1].iteration, line[0].iteration + 1)
+    margin = 0.08 * (last - first)
+    figure = new_figure(height=bottoms[-1] + 60)
+    axis = figure.subplots()
+    axis.set(xlabel="iteration", xlim=(first - margin, last + margin), ylim=(bottoms[-1], 0))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_visible(False)
+    axis.spines["left"].set_visible(False)
+    before = None
+    for s, label, top, bottom in zip(line, labels, [0, *bottoms], bottoms):
+        right = s.iteration < (first + last) / 2
+        y = bottom - 20 if right else top + 20
+        if before:
+            color = VALIDATION if s.operator == "crossover" else COLORS["espl"]
+            arrow = {"arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 0}
+            axis.annotate("", (s.iteration, y - 14), before, arrowprops=arrow)
+        before = s.iteration, y + 14
+        width = 2.5 if s is line[-1] else 0.8
+        frame = {"boxstyle": "round", "facecolor": "white", "linewidth": width}
+        name = f"{s.id}   μ {s.mu:.1f}"
+        axis.text(s.iteration, y, name, ha="center", va="center", bbox=frame)
+        side = {"ha": "left", "va": "bottom"} if right else {"ha": "right", "va": "top"}
+        how = {"textcoords": "offset points", "multialignment": "left", "parse_math": False}
+        offset = (37, -6) if right else (-37, 6)
+        axis.annotate("\n".join(label), (s.iteration, y), offset, **side, **how)
+    figure.savefig(path)
+
+
+def step_label(population, s, most=4):
+    """Lines beside a prompt: the edit that made it, and its last test score."""
+    lines = []
+    if s.parents:
+        for edit in edits(population[s.parents[0]].principles, s.principles):
+            lines += textwrap.wrap(edit, 48, max_lines=2, placeholder=" …")
+    if len(lines) > most:
+        lines[most - 1 :] = [f"… {len(lines) - most + 1} lines more"]
+    if len(s.parents) > 1:
+        lines.insert(0, f"crossover with {', '.join(map(str, s.parents[1:]))}")
+    tests = [e["score"] for e in s.scores if e["split"] == "test"]
+    return lines + [f"test {score:.3f}" for score in tests[-1:]]
+
+
+# ---- report.html. Its frame is the file beside this one; all texts pass `escaped`.
+
+
+def escaped(text):
+    """Text for a page. Characters that are invisible, or turn others round, are replaced."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return html.escape(shown)
+
+
+def block(text, most=4000):
+    """A text as it is; a long one without its middle."""
+    left_out = len(text) - most
+    if left_out > 0:
+        half = most // 2
+        text = f"{text[:half]}\n[... {left_out:,} characters left out ...]\n{text[-half:]}"
+    return f"<pre>{escaped(text)}</pre>"
+
+
+def fold(title, *parts):
+    """A part that opens by a click on its title."""
+    return f"<details><summary>{escaped(title)}</summary>{''.join(parts)}</details>"
+
+
+def write_page(run):
+    """Writes report.html, which needs no other file."""
+    pictures = []
+    for path in (run.directory / "curves.png", run.directory / "tree.png"):
+        if path.is_file():
+            data = base64.b64encode(path.read_bytes()).decode()
+            pictures.append(f'<img src="data:image/png;base64,{data}" alt="{path.stem}">')
+    sections = {
+        "Prompts": family_tree(run) or ["There is no population.json, or it is empty."],
+        "Reflections": reflections(run) or ["There is no reflection in reflections.jsonl."],
+        "Flags": [block(json.dumps(run.config, indent=1))],
+    }
+    title = escaped(run.directory.resolve().name)
+    body = [f"<h1>{title}</h1>", block(closing_report(run), 10**6), *pictures]
+    for name, parts in sections.items():
+        body += [f"<h2>{name}</h2>", *parts]
+    frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    page = espl.fill(frame, {"title": title, "body": "\n".join(body)})
+    path = run.directory / "report.html"
+    with espl.explained(f"cannot write {path}"):
+        path.write_text(page, encoding="utf-8")
+
+
+def family_tree(run):
+    """Every prompt, with its principles, and its descendants inside it."""
+    inside = defaultdict(list)  # by parent; None: the roots
+    tested = run.tested
+    for s in reversed(run.population):  # children come after their parents
+        scores = "".join(f", {e['split']} {e['score']:.3f}" for e in s.scores[-2:])
+        title = f"{s.id}: {described(s)}; mu {s.mu:.1f}, sigma {s.sigma:.1f}{scores}"
+        if s is tested:
+            title += "; tested prompt"
+        parts, parent = [block(espl.listing(espl.numbered(s.principles)))], None
+        if s.parents:
+            parent = s.parents[0]
+            changes = edits(run.population[parent].principles, s.principles)
+            parts.insert(0, block("\n".join(changes)))
+        part = f"{fold(title, *parts)}<div>{''.join(inside[s.id])}</div>"
+        inside[parent].insert(0, part)
+    return inside[None]
+
+
+def reflections(run):
+    """The reflector's replies by iteration, without summaries, and what came of them."""
+    replies = defaultdict(list)
+    for r in run.log("reflections"):
+        if r.get("request") != "summarize":
+            title = r.get("request", "an operator failed")
+            text = r.get("reply", r.get("traceback"))
+            replies[r["iteration"]].append(fold(title, block(text)))
+    parts = []
+    for m in run.metrics:
+        if m["iteration"] in replies:
+            children = [f"+{child['id']} by {name}" for name, child in m["children"].items()]
+            barren = [f"none by {name}: {why}" for name, why in m["no_child"].items()]
+            title = f"{m['iteration']}: {'; '.join(children + barren)}"
+            parts.append(fold(title, *replies[m["iteration"]]))
+    return parts
+
+
+# ---- One iteration of Algorithm 1 as a page
+
+ITERATION = """# Iteration {iteration} of `--task {task} --mode {mode} --seed {seed}`
+
+What the functions of `espl.py` did in one iteration of Algorithm 1, from the files of a run by
+`python tools/report.py RUN --iteration {iteration}`.
+
+## Lines 3 to 7, 10 and 11: prompts, rollouts, ratings
+
+`next_problems` took a batch of problems and `select` chose prompts. `sample_groups` sampled
+rollouts of each prompt on each problem, `grade` graded them. V_i is a prompt's `mean_reward`; by
+V_i `update_ratings` ranked the prompts and changed their ratings (mu, sigma).
+
+{prompts}
+
+## Lines 8 and 9: the weights
+
+`set_advantages` subtracted the baseline ({baseline}) from each reward. The rollouts of one problem,
+{problem}:
+
+{rollouts}
+
+Rollouts of groups without an advantage are left out. `rl_update`: {update}.
+
+## Lines 12 to 15: reflection
+
+`argmax` took prompt {batch_winner}. `mutate` and `crossover` made the requests to the reflector
+(`ask`). The first of each kind, as it was sent, and its reply:
+
+{requests}
+
+## Lines 16 to 21: children
+
+`parse_edits`, or the task's own parser, read the edits in the last reply, `apply_edits` applied
+the valid ones, and `add_child` gave the child its rating (mu, sigma).
+
+{children}
+"""
+
+
+def iteration_page(run, iteration):
+    """An iteration in Markdown. Raises UserError if the files lack it."""
+    line = next((m for m in run.metrics if m["iteration"] == iteration and "values" in m), None)
+    rollouts = list(run.log("rollouts", split="train", iteration=iteration))
+    if not (line and rollouts and run.population and run.config):
+        raise espl.UserError(f"--iteration {iteration}: the files in {run.directory} lack it")
+    update = "took no step"
+    if "loss" in line:
+        update = "trained on {trained_rollouts} rollouts, gradient norm {grad_norm:.2f}"
+    problem = reflected_problem(run, line, rollouts)
+    slots = {"batch_winner": "(none)"} | run.config | line
+    slots |= {
+        "prompts": prompts_table(run, line),
+        "problem": problem,
+        "rollouts": rollouts_table(run, [r for r in rollouts if r["problem"] == problem]),
+        "update": update.format(**line),
+        "requests": requests_text(run, iteration) or "None was made.",
+        "children": children_text(run, line),
+    }
+    return espl.fill(ITERATION, {name: str(value) for name, value in slots.items()})
+
+
+def prompts_table(run, line):
+    """The prompts of the batch: principles, V_i, ratings before and after."""
+    rows = [("prompt", "principles", "V_i", "before", "after")]
+    for key, value in line["values"].items():
+        s = run.population[int(key)]
+        principles = "<br>".join(map(code, s.principles)) or "(none)"
+        before, after = (rating(run, s, line["iteration"] + i) for i in (0, 1))
+        rows.append((key, principles, f"{value:.3f}", before, after))
+    return markdown_table(rows)
+
+
+def rating(run, s, iteration):
+    s = rated_before(run, s, iteration)
+    return f"{s.mu:.2f}, {s.sigma:.2f}"
+
+
+def rated_before(run, s, iteration):
+    """A copy of a prompt with its rating before an iteration's tournament."""
+    played = [entry for entry in s.history if entry["iteration"] < iteration]
+    if played:
+        return dataclasses.replace(s, mu=played[-1]["mu"], sigma=played[-1]["sigma"])
+    if not s.parents:
+        return espl.SystemPrompt(s.id, s.principles)
+    parents = [rated_before(run, run.population[i], s.iteration + 1) for i in s.parents]
+    c = espl.Config(delta_sigma=run.config["delta_sigma"])
+    return espl.add_child([], s.principles, parents, s.operator, s.iteration, c)
+
+
+def reflected_problem(run, line, rollouts):
+    """The first problem that the reflection on the best prompt saw."""
+    best = line.get("batch_winner", rollouts[0]["prompt"])
+    rewards = rewards_by("problem", [r for r in rollouts if r["prompt"] == best])
+    for problem, got in rewards.items():
+        if min(got) < (1 if run.config["reflect_on"] == "failures" else max(got)):
+            return problem
+    return rollouts[0]["problem"]
+
+
+def rollouts_table(run, rollouts):
+    """The rollouts of a problem with their advantages."""
+    rewards = rewards_by("prompt" if run.config["baseline"] == "prompt" else "problem", rollouts)
+    rows = [("prompt", "response", "outcome", "reward", "advantage")]
+    for r in rollouts:
+        baseline = np.mean(rewards.get(r["prompt"]) or rewards[r["problem"]])
+        advantage = f"{r['reward'] - baseline:+.2f}"
+        rows.append((r["prompt"], code(r["text"]), r["outcome"], f"{r['reward']:g}", advantage))
+    return markdown_table(rows)
+
+
+def requests_text(run, iteration):
+    """The first request of each kind and its reply."""
+    found = defaultdict(list)
+    for r in run.log("reflections", iteration=iteration):
+        found[r.get("request")].append(r)
+    parts = []
+    for request, records in found.items():
+        if request:
+            first = records[0]
+            parts.append(f"### {request}: 1 of {len(records)}")
+            parts += [literal(first["prompt"]), "The reply:", literal(first["reply"])]
+    return "\n\n".join(parts)
+
+
+def children_text(run, line):
+    """The children with their edits and ratings, or why there is none."""
+    parts = []
+    for made in line.get("children", {}).values():
+        s = run.population[made["id"]]
+        changes = edits(run.population[s.parents[0]].principles, s.principles)
+        parts.append(f"Prompt {s.id}, {described(s)}; {rating(run, s, s.iteration + 1)}:")
+        parts.append(literal("\n".join(changes)))
+    for name, why in line.get("no_child", {}).items():
+        parts.append(f"No child by {name}: {why}.")
+    return "\n\n".join(parts)
+
+
+def markdown_table(rows):
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    lines.insert(1, "| --- " * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def code(text, most=100):
+    """A text in a line of Markdown, literally; of a long one the beginning."""
+    text = espl.one_line(text).replace("`", "'").replace("|", "\\|")
+    return f"`{text[:most]} ...`" if len(text) > most else f"`{text}`"
+
+
+def literal(text):
+    return textwrap.indent(text, "    ", lambda line: True)
+
+
+# ---- The program
+
+
+def report(runs, html, iteration):
+    for directory in runs:
+        run = read_run(directory)
+        if iteration is not None:
+            print(iteration_page(run, iteration))
+            continue
+        print(closing_report(run))
+        print(draw(run))
+        if html:
+            write_page(run)
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory")
+    parser.add_argument("--html", action="store_true", help="also write RUN/report.html")
+    parser.add_argument("--iteration", type=int, help="print this iteration as Markdown instead")
+    return run_tool(parser, report, argv)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,64 @@
-"""`--track wandb:PROJECT` or `trackio:PROJECT`: a run's numbers on a dashboard, too. Loaded by espl.py; no program."""
+"""Sends the numbers in a run's metrics.jsonl to a dashboard, while it runs or afterwards.
 
-import dataclasses
+    python tools/track.py RUN wandb:PROJECT        # or trackio:PROJECT
+
+A line of metrics.jsonl is a step. The program ends with the run's last line, or by Ctrl-C.
+"""
+
+import importlib
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import espl  # noqa: E402  (the very module of the program that loads this)
+from report import new_parser, read_run, run_tool  # noqa: E402
+
+import espl  # noqa: E402
+
+SECONDS = 10  # between two looks
 
 
-def start(c: espl.Config):
-    """The run of the named package, opened or, by its directory's name, gone on with."""
-    name, _, project = c.track.partition(":")
-    if name not in ("wandb", "trackio") or not project:
-        raise espl.UserError(f"--track {c.track}: must be wandb:PROJECT or trackio:PROJECT")
-    with espl.explained(f"--track {c.track} does not start", f"pip install {name}, log in, or set WANDB_MODE=offline"):
-        package = __import__(name)
-        more = {"id": Path(c.run_dir).name} if name == "wandb" else {}  # by which a resumed run is found
-        return package.init(project=project, name=Path(c.run_dir).name, config=dataclasses.asdict(c), resume="allow",
-                            **more)
+def track(run, to):
+    """Logs the lines of metrics.jsonl, and waits for more until the run has ended."""
+    saved = read_run(run)
+    package, _, project = to.partition(":")
+    if package not in ("wandb", "trackio") or not project:
+        raise espl.UserError(f"{to}: must be wandb:PROJECT or trackio:PROJECT")
+    name = run.resolve().name
+    more = {"id": name} if package == "wandb" else {}  # by which a run is continued
+    with espl.explained(f"{package} does not start; pip install {package}, and log in"):
+        package = importlib.import_module(package)
+        tracker = package.init(
+            project=project, name=name, config=saved.config, resume="allow", **more
+        )
+    done, line = -1, {}
+    while True:
+        for line in saved.log("metrics"):
+            if line["iteration"] > done:
+                done = line["iteration"]
+                tracker.log(numbers(line), step=done)
+        if "table" in line:
+            return
+        time.sleep(SECONDS)
 
 
-def log(tracker, m: dict) -> None:
-    """The numbers of a line of metrics.jsonl; those in its parts as part/name."""
-    groups = ("", m), *((f"{k}/", v) for k, v in m.items() if isinstance(v, dict))
-    numbers = {f"{group}{k}": v for group, d in groups for k, v in d.items() if isinstance(v, (int, float))}
-    tracker.log(numbers, step=m["iteration"])
+def numbers(line):
+    """The numbers of a line; those in its parts as part/name."""
+    found = {}
+    for name, value in line.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        for part, x in parts.items():
+            if isinstance(x, (int, float)):
+                found[f"{name}/{part}".rstrip("/")] = x
+    return found
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
+    parser.add_argument("to", metavar="PACKAGE:PROJECT", help="wandb:PROJECT or trackio:PROJECT")
+    return run_tool(parser, track, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
