@@ -63,7 +63,7 @@ def write_model(directory, shape):
 
     more = {"tie_word_embeddings": True, "max_position_embeddings": 32768}
     (directory / "config.json").write_text(json.dumps(shape | more))
-    tokenizer = Tokenizer(models.WordLevel({"<end>": 0}))
+    tokenizer = Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     tokenizer.save_pretrained(directory)
     cfg = espl.read_model_config(directory)

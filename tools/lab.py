@@ -317,6 +317,8 @@ def write_pages(results):
     """Tables of README.md and docs/*.md, and docs/compare.png."""
 
     def block(match):
+        if match[1] not in TABLES:
+            return match[0]
         section, make = TABLES[match[1]]
         return f"<!-- {match[1]} -->\n{make(results[section])}\n<!-- end -->"
 

@@ -6,17 +6,17 @@
     python tools/plan.py --model Qwen3-1.7B --devices H100:1 --queue       # time, on paper
     python tools/plan.py --model Qwen3-1.7B --reflector Llama-3.1-8B --devices H100:1
 
-Nothing is downloaded but config.json and no accelerator is used: shapes are compiled, by libtpu
-(pip install "jax[tpu]") or by XLA for CUDA (jax-cuda12-plugin and jax-cuda12-pjrt, in the version
-of jax).
+No weights are read and no accelerator is used: shapes are compiled, by libtpu (pip install
+"jax[tpu]") or by XLA for CUDA (jax-cuda12-plugin and jax-cuda12-pjrt, in the version of jax).
 
 A step is compiled with the rows that a run would have: as many of --length tokens as espl.py puts
-into its cache. GB are 1e9 bytes of one device. held: all that lies there meanwhile, the step's
-arguments and results included. A device's memory is its name plate's number in GB, which is what
-espl.py finds on a GPU (92 % of the GiB). Not counted: fragments, cuDNN's workspace.
+into its cache. Numbers are GB, 1e9 bytes, of one device. held: all that lies there meanwhile, the
+step's arguments included; peak: with its results and temporary memory. A device's memory is the
+number on its name plate in GB, about 92 % of a GPU's GiB. Not counted: fragments, cuDNN's
+workspace, and for --queue what devices send to each other.
 
-XLA takes minutes, at its lowest effort. What it found is remembered in JAX_COMPILATION_CACHE_DIR
-(jax's own cache cannot be read without the devices).
+A model takes minutes to compile, at XLA's lowest effort, which needs a little more memory. What was
+found is kept in JAX_COMPILATION_CACHE_DIR (jax's own cache cannot be read without the devices).
 """
 
 import contextlib
@@ -90,7 +90,7 @@ thread_dim_limit_y: 1024 thread_dim_limit_z: 64 }}"""
 NAMES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size")
 NAMES += ("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 CUDNN = SimpleNamespace(cudnn_get_version=lambda: 91000)  # what JAX asks, as it is not here either
-STOP_IDS, MAX_ROWS = (1,), 512
+STOP_IDS, MAX_ROWS = (1,), 512  # of a Policy
 TRAIN, VAL, TEST = 74, 16, 100  # problems of --task aime
 REPLIES = 30  # of the reflector in an iteration
 MODELS = {  # NAMES in config.json
@@ -159,10 +159,8 @@ def read_config(model, lora_rank, rig, frozen=False):
     with tempfile.TemporaryDirectory() as scratch:
         if model in MODELS:
             values = dict(zip(NAMES, MODELS[model]))
-            values |= {
-                "tie_word_embeddings": "Llama" not in model,
-                "max_position_embeddings": 40960,
-            }
+            values["tie_word_embeddings"] = "Llama" not in model
+            values["max_position_embeddings"] = 40960
             Path(scratch, "config.json").write_text(json.dumps(values))
             model = scratch
         cfg = espl.read_model_config(model, "bfloat16", lora_rank)
@@ -321,8 +319,12 @@ class Clock:
         for i, n in enumerate(lengths):  # by the key that espl.generate gives to a rollout
             key = np.random.SeedSequence([0, 0, i]).generate_state(2)
             self.ends[tuple(key)] = prompt + n
-        names = ("new_cache", "prefill", "write_prefixes", "decode_chunk")
-        stand_ins = {name: getattr(self, name) for name in names}
+        stand_ins = {
+            "new_cache": self.new_cache,
+            "prefill": self.prefill,
+            "write_prefixes": lambda cache, keys_values, source: cache,
+            "decode_chunk": self.decode_chunk,
+        }
         with mock.patch.multiple(espl, **stand_ins):
             sampling = espl.Sampling(1.0, 1.0, max(lengths), label="simulating")
             espl.generate(self.policy, None, rollouts, sampling)
@@ -339,9 +341,6 @@ class Clock:
     def prefill(self, policy, theta, token, position):
         self.prefilled += token.size
         self.compute(token.size)
-
-    def write_prefixes(self, cache, keys_values, source):
-        return cache
 
     def decode_chunk(self, policy, theta, cache, token, position, steps, key, *_):
         tokens = np.full((espl.DECODE_CHUNK, len(token)), -1)
