@@ -12,19 +12,19 @@ gradient, its system prompts by evolution: selection, TrueSkill ratings, reflect
 Algorithm 1, its lines counted from "Initialize S", and where they are in this file:
 
     line   what                                                        function             at line
-    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1255
-    2      while not converged                                         train                  196
-    3      sample problems x ~ D                                       next_problems          279
-    4      select system prompts s_i from S by mu + lambda sigma       select                 429
-    5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          343
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1184
-    8      the advantages r_ij - V_i                                   set_advantages        381
-    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              796
-    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              760
-    10-12  rank the s_i by V_i; TrueSkill.update; k <- argmax_i V_i    update_ratings        448
-    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 522
-    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              466
-    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              567
+    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1261
+    2      while not converged                                         train                  195
+    3      sample problems x ~ D                                       next_problems          278
+    4      select system prompts s_i from S by mu + lambda sigma       select                 424
+    5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          337
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1190
+    8      the advantages r_ij - V_i                                   set_advantages        377
+    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              791
+    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              755
+    10-12  rank the s_i by V_i; TrueSkill.update; k <- argmax_i V_i    update_ratings        443
+    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 517
+    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              461
+    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              562
 
 Sections: 2 flags, 3 Algorithm 1, 4 evolution, 5 RL update, 6 tasks and words, 7 a run; then the
 engine, which a reader of the paper need not open: 8 sampling, 9 the model and its weights.
@@ -56,7 +56,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import importlib.util
 import json
 import math
@@ -83,8 +82,7 @@ ENVIRONMENT = {  # set before the libraries start, unless the user has set it al
     "TRANSFORMERS_VERBOSITY": "error",
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # of a GPU's memory
 }
-for _name, _value in ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
+os.environ |= ENVIRONMENT | os.environ
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -93,6 +91,7 @@ import optax  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 import trueskill  # noqa: E402
 from flax import nnx  # noqa: E402
+from jax.ad_checkpoint import checkpoint_name  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN  # noqa: E402
@@ -107,7 +106,7 @@ CHANGEABLE = (  # when a run is resumed
     "resume mode epochs iterations save_every distributed model_parallel attention max_rows "
     "microbatch_tokens"
 )
-PATHS = ("train_file", "test_file", "prompts_file", "population", "model", "reflector", "run_dir")
+PATHS = "train_file test_file prompts_file population model reflector run_dir"
 
 
 def flag(default, text, group="", low=0, high=math.inf, choices=""):
@@ -149,7 +148,7 @@ class Config:
     kl_coef: float = flag(0.0, "beta, weight of KL(pi_theta || pi_ref)")
     max_grad_norm: float = flag(0.0, "clip the gradient's global norm (0: off)")
     mask_truncated: bool = flag(False, "do not train on responses cut at the limit")
-    microbatch_tokens: int = flag(16384, "tokens of a gradient-accumulation step", low=1)
+    microbatch_tokens: int = flag(8192, "tokens of a gradient-accumulation step", low=1)
 
     temperature: float = flag(0.6, "of rollouts; the policy is tempered", "Sampling", low=1e-3)
     top_p: float = flag(0.95, "nucleus mass", low=1e-6, high=1)
@@ -304,11 +303,6 @@ class Rollout:
         """The grade as the reflector reads it."""
         return self.outcome if self.reward in (0, 1) else f"{self.outcome}, reward {self.reward:g}"
 
-    def record(self):
-        """What rollouts.jsonl says of it."""
-        record = {name: getattr(self, name) for name in ("reward", "outcome", "stop", "text")}
-        return record | {"tokens": len(self.tokens)}
-
 
 @dataclass
 class Group:
@@ -352,7 +346,7 @@ def sample_groups(run, jobs, split, iteration, theta=None):
         groups.append(Group(s, x, [Rollout(prompt) for _ in range(n)]))
     rollouts = [y for g in groups for y in g.rollouts]
     seed = run.seed(f"{split.partition('_')[0]}/{iteration}")
-    sampling = Sampling(c.temperature, c.top_p, c.max_new_tokens, seed, f"sampling {split}")
+    sampling = Sampling(c.temperature, c.top_p, c.max_new_tokens, seed, split)
     environment = run.task.environment and partial(run.task.environment, chat)
     theta = run.policy.theta if theta is None else theta
     kind = "rollouts" if split == "train" else "evaluation"
@@ -374,7 +368,9 @@ def sample_groups(run, jobs, split, iteration, theta=None):
             "prompt": g.prompt.id,
             "problem": g.problem.id,
         }
-        run.append("rollouts.jsonl", [log | y.record() for y in g.rollouts])
+        for y in g.rollouts:
+            log |= {"reward": y.reward, "outcome": y.outcome, "stop": y.stop, "text": y.text}
+            run.append("rollouts.jsonl", log | {"tokens": len(y.tokens)})
     return groups
 
 
@@ -400,7 +396,7 @@ def set_advantages(groups, c):
 # 4. Evolution: the population of system prompts, its ratings, and the operators. No JAX in here.
 
 MAX_POOL_SIZE = 200  # the paper's S: only this many of the newest prompts are selected or tested
-MAX_PRINCIPLE_WORDS = 64  # the reflector is asked for 32
+MAX_PRINCIPLE_LENGTH = 768  # characters; the reflector is asked for 32 words
 
 
 @dataclass
@@ -418,7 +414,6 @@ class SystemPrompt:
     parents: list[int] = field(default_factory=list)
     iteration: int = 0  # in which it was made
     history: list[dict] = field(default_factory=list)  # an entry for each tournament
-    scores: list[dict] = field(default_factory=list)  # an entry for each evaluation
 
 
 def argmax(values, rng):
@@ -679,7 +674,7 @@ def fault(edit, kinds, ids, problems, c):
     text = edit.get("principle")
     if not isinstance(text, str) or not text.strip(" .-") or not one_line(text).isprintable():
         return "no text"
-    if len(text.split()) > MAX_PRINCIPLE_WORDS or len(text) > 12 * MAX_PRINCIPLE_WORDS:
+    if len(text) > MAX_PRINCIPLE_LENGTH:
         return "too long"
     if not c.allow_leaks and any(leaks(text, x) for x in problems):
         return "leaks a problem"
@@ -754,7 +749,7 @@ class Trainer:
     optimizer: optax.GradientTransformation
     opt_state: Any
     objective: Objective = Objective()
-    max_tokens: int = 16384  # of a microbatch
+    max_tokens: int = 8192  # of a microbatch
 
 
 def rl_update(trainer, rollouts, num_rollouts):
@@ -822,19 +817,24 @@ def kl_estimators(logp, ref_logp, ratio):
     return k3, jax.lax.stop_gradient(ratio) * k2
 
 
-@partial(jax.jit, static_argnames="objective", donate_argnames="gradient")
+@partial(
+    jax.jit,
+    static_argnames="objective",
+    donate_argnames="gradient",
+    compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+)
 def add_gradient(gradient, policy, batch, num_rollouts, objective):
     """Adds a microbatch's share of the gradient of -(J - beta KL), and returns sums for the log.
 
     The batch's arrays are [B, T], see `fill_rows`.
     """
     mask = batch["mask"]
+    keep = linears_fit(policy, mask.size)
 
     def logprobs(theta):
         model = policy.model(theta)
-        hidden, _ = model(batch["token"], batch["position"], batch.get("segment"))
-        logp, entropy = token_logprobs(model, hidden, batch["target"], objective.temperature)
-        return jnp.where(mask, logp, 0.0), entropy  # where there is no target exp may overflow
+        hidden, _ = model(batch["token"], batch["position"], batch.get("segment"), keep)
+        return token_logprobs(model, hidden, batch["target"], mask, objective.temperature)
 
     def loss(theta):
         logp, entropy = logprobs(theta)
@@ -863,24 +863,29 @@ def adam_step(optimizer, theta, opt_state, gradient):
     return laid_out(theta), laid_out(opt_state), optax.tree.norm(gradient)
 
 
-def token_logprobs(model, hidden_BTD, target_BT, temperature):
+def token_logprobs(model, hidden_BTD, target_BT, mask_BT, temperature):
     """Log-probability of each target and entropy of its distribution, both [B, T] float32.
 
     Works through blocks of tokens, recomputed in the backward pass, so that [B, T, V] never exists.
+    Tokens without a target (mask) come last; a block of them costs nothing and gets zeros.
     """
     size = math.gcd(target_BT.size, LOGITS_BLOCK)
+    order = jnp.argsort(~mask_BT.reshape(-1))
+    tokens = [x.reshape(-1, *x.shape[2:])[order] for x in (hidden_BTD, target_BT, mask_BT)]
+    # The devices share the tokens of each block.
+    blocks = [constrain(x.reshape(-1, size, *x.shape[1:]), None, "data") for x in tokens]
 
-    def block(x):
-        hidden, target = x
+    def logprobs(hidden, target, _):
         logp = jax.nn.log_softmax(model.logits(hidden) / temperature)
         chosen = jnp.take_along_axis(logp, target[:, None], -1)[:, 0]
         return chosen, -jnp.sum(jnp.exp(logp) * logp, -1)
 
-    def in_blocks(x):  # the devices share the tokens of each block
-        return constrain(x.reshape(-1, size, *x.shape[2:]), None, "data")
+    @jax.checkpoint
+    def block(x):
+        return jax.lax.cond(x[2][0], logprobs, lambda *_: (jnp.zeros(size),) * 2, *x)
 
-    out = jax.lax.map(jax.checkpoint(block), (in_blocks(hidden_BTD), in_blocks(target_BT)))
-    return tuple(x.reshape(target_BT.shape) for x in out)
+    out = jax.lax.map(block, blocks)
+    return tuple(x.reshape(-1)[jnp.argsort(order)].reshape(target_BT.shape) for x in out)
 
 
 def microbatches(rollouts, max_tokens, policy):
@@ -902,7 +907,7 @@ def microbatches(rollouts, max_tokens, policy):
         by_length.setdefault(row_length(row, shared), []).append(row)
     for T, rows in sorted(by_length.items(), reverse=True):
         while rows:
-            B = row_count(len(rows), max_tokens // T, policy.mesh.shape["data"], step=4)
+            B = row_count(len(rows), max_tokens // T, policy.mesh.shape["data"])
             yield fill_rows(rows[:B], (B, T), segments=shared == T)
             rows = rows[B:]
 
@@ -950,8 +955,10 @@ def fill_rows(rows, shape, segments):
                 place = len(prompt) + j
                 columns.append((inputs[j], place, i, y.tokens[j], *sampled, y.advantage))
         table[b, : len(columns)] = columns
-    names = [name for name in table.dtype.names if segments or name != "segment"]
-    return {name: table[name] for name in names}
+    batch = {name: table[name] for name in table.dtype.names}
+    if not segments:
+        del batch["segment"]
+    return batch
 
 
 # ==================================================================================================
@@ -1009,8 +1016,7 @@ def task_module(task):
     path = Path(name) if name.endswith(".py") else HERE / "tasks" / f"{name}.py"
     if not path.is_file():
         raise UserError(f"--task {task}: there is no {path}; see {HERE / 'tasks'}")
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
+    sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     with explained(f"cannot load {path}"):
@@ -1236,12 +1242,12 @@ class Run:
         """The seed of one use of randomness. A resumed run makes the same generators anew."""
         return self.config.seed, zlib.crc32(purpose.encode())
 
-    def append(self, file, records):
-        """Appends records to a JSONL file of the run."""
+    def append(self, file, record):
+        """Appends a record to a JSONL file of the run."""
         if jax.process_index() == 0:
             path = self.directory / file
             with tolerated(f"write {file}"), open(path, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -1260,8 +1266,8 @@ def start_run(c):
     policy, chat = load_policy(c)
     reflector = None
     if c.reflector not in ("reference", "current") and "://" not in c.reflector:
-        frozen = {"model": c.reflector, "dtype": "bfloat16", "lora_rank": 0}
-        reflector = load_policy(dataclasses.replace(c, **frozen), frozen=True)
+        other = dataclasses.replace(c, model=c.reflector, dtype="bfloat16", lora_rank=0)
+        reflector = load_policy(other, frozen=True)
 
     clip = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
     optimizer = optax.chain(*clip, optax.adam(c.learning_rate, b1=0.9, b2=0.95, eps=1e-8))
@@ -1274,9 +1280,8 @@ def start_run(c):
     for p in (policy, reflector[0]) if reflector else (policy,):
         p.cache_tokens = cache_tokens(p.cfg, p.mesh, held)
 
-    population = [SystemPrompt(0, task.root)]  # Alg. 1, line 1
-    if c.population:
-        population = read_population(c.population)
+    # Alg. 1, line 1
+    population = read_population(c.population) if c.population else [SystemPrompt(0, task.root)]
     run = Run(c, task, chat, trainer, population, reflector)
     open_directory(run)
     return run
@@ -1304,9 +1309,10 @@ def open_directory(run):
         run.lock = open(run.directory / "lock", "w")  # noqa: SIM115  (open while the run goes on)
     with explained(f"another process is writing {run.directory}; wait for it, or stop it"):
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    files = [run.task.file, c.task_argument, c.train_file, c.test_file, c.prompts_file]
-    files = [Path(f) for f in [HERE / "prompts_seed.txt", *files] if Path(f).is_file()]
-    hashes = [[str(f), hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
+    files = [HERE / "prompts_seed.txt", run.task.file, c.task_argument]
+    files += [c.train_file, c.test_file, c.prompts_file]
+    files = [Path(f) for f in files if Path(f).is_file()]
+    hashes = [[str(f), zlib.crc32(f.read_bytes())] for f in files]
     config = run.directory / "config.json"
     if c.resume:
         saved = json.loads(config.read_text())["files"]
@@ -1340,7 +1346,7 @@ def ask(run, iteration, calls, request, slots):
         replies = [chat.text(y.tokens, y.prompt) for y in rollouts]
     for prompt, reply in zip(prompts, replies):
         log = {"iteration": iteration, "request": request, "prompt": prompt, "reply": reply}
-        run.append("reflections.jsonl", [log])
+        run.append("reflections.jsonl", log)
     return [final_text(run.chat.clean(reply)).strip() for reply in replies]
 
 
@@ -1406,7 +1412,6 @@ def evaluate(run, iteration, last=False):
         if problems:
             scores = score(run, s, problems, split, iteration)
             result[split] = float(np.mean(scores))
-            s.scores.append({"iteration": iteration, "split": split, "score": result[split]})
     if last:
         root, before, test = run.population[0], run.policy.theta_ref, run.task.test
         result["table"] = {
@@ -1513,7 +1518,7 @@ def write_whole(path, value):
 def write_logs(run, metrics):
     """The iteration's line of metrics.jsonl, and population.json."""
     metrics |= {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}
-    run.append("metrics.jsonl", [metrics])
+    run.append("metrics.jsonl", metrics)
     if jax.process_index() == 0:
         with tolerated("write population.json"):
             population = [dataclasses.asdict(s) for s in run.population]
@@ -1594,14 +1599,13 @@ def on_process_0(function, *args):
 def announce(run):
     """The first lines on the screen: what is run, on what, and how much it will sample."""
     c, task, last = run.config, run.task, last_iteration(run)
-    problems = last * c.batch_size if c.iterations else c.epochs * len(task.train)
-    rollouts = problems * c.num_prompts * c.num_rollouts
+    rollouts = last * c.batch_size * c.num_prompts * c.num_rollouts
     evaluations = 1 + math.ceil(last / c.eval_every)
     responses = c.test_samples * (evaluations * len(task.val + task.test) + 3 * len(task.test))
     say(
         f"{c.mode} on {task.name}: {last} iterations; {len(task.train)} training, {len(task.val)} "
         f"validation, {len(task.test)} test problems\n"
-        f"samples {rollouts:,} rollouts to train on, and {responses:,} responses to evaluate\n"
+        f"samples up to {rollouts:,} training rollouts, and {responses:,} evaluation responses\n"
         f"{c.model} on {len(jax.devices())} {jax.default_backend()} device(s)\n"
         f"writing {run.directory}"
     )
@@ -1637,7 +1641,7 @@ def parse_args(argv):
     for f in dataclasses.fields(Config):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        kind = absolute if f.name in PATHS else type(f.default)
+        kind = absolute if f.name in PATHS.split() else type(f.default)
         how = {"type": kind, "choices": f.metadata["choices"].split() or None}
         if isinstance(f.default, bool):
             how = {"action": argparse.BooleanOptionalAction}
@@ -1693,13 +1697,13 @@ def main(argv):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace", line_buffering=True)  # also for terminals without é
     jax.config.update("jax_enable_x64", False)  # whatever the environment says
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
     again = ""
     try:
         c = parse_args(argv)
         if c.distributed:
+            address, *numbers = c.distributed.split(",")  # JAX finds out what is not given
             with explained("--distributed"):
-                join_processes(c.distributed)
+                jax.distributed.initialize(address if numbers else None, *map(int, numbers))
         run = start_run(c)
         again = f"; continue with: python espl.py --resume {shlex.quote(c.run_dir)}"
         announce(run)
@@ -1722,15 +1726,6 @@ def main(argv):
     if report.is_file() and jax.process_index() == 0:
         subprocess.run([sys.executable, report, c.run_dir])
     return 0
-
-
-def join_processes(how):
-    """Makes one run of the processes of several hosts, by JAX's own runtime."""
-    if how == "auto":
-        jax.distributed.initialize()
-    else:
-        address, count, index = how.split(",")
-        jax.distributed.initialize(address, int(count), int(index))
 
 
 # ==================================================================================================
@@ -1814,13 +1809,13 @@ def so_far(y):
 def cache_length(longest, possible):
     """Length of a level for rollouts that have `longest` tokens now, and `possible` in the end."""
     wanted = longest + max(longest // 2, DECODE_CHUNK)
-    return bucket(min(wanted, possible), least=256)
+    return bucket(max(256, min(wanted, possible)))
 
 
 def rows_for(policy, needed, length):
     """Rows of a cache for this many rollouts, as memory allows."""
     most = min(policy.max_rows, policy.cache_tokens // length)
-    return row_count(needed, most, policy.mesh.shape["data"], step=2)
+    return row_count(needed, most, policy.mesh.shape["data"])
 
 
 def admit(policy, theta, cache, live, waiting):
@@ -1833,7 +1828,7 @@ def admit(policy, theta, cache, live, waiting):
     prefixes = sorted(entering, key=len, reverse=True)
     while prefixes:
         T = min(bucket(len(prefixes[0])), cache[0][0].shape[2])
-        n = row_count(len(prefixes), PREFILL_TOKENS // T, 1, step=4)
+        n = row_count(len(prefixes), PREFILL_TOKENS // T, 1)
         token, position = np.zeros((n, T), np.int32), np.full((n, T), PAD_POSITION, np.int32)
         source = np.full(len(live), -1, np.int32)
         for j, prefix in enumerate(prefixes[:n]):
@@ -1855,8 +1850,7 @@ def decode(policy, theta, cache, live, sampling):
             rows[i] = so_far(y)[-1], position, steps, y.key
     *state, keys = zip(*rows)
     state = *map(np.array, state), np.array(keys, np.uint32)
-    how = sampling.temperature, sampling.top_p
-    cache, *sampled = decode_chunk(policy, theta, cache, *state, *how)
+    cache, *sampled = decode_chunk(policy, theta, cache, *state, *sampling[:2])
     tokens, logprobs = map(np.asarray, sampled)
     return cache, list(zip(tokens.T, logprobs.T))
 
@@ -1883,21 +1877,19 @@ def count_sampled(rollouts):
     return sum(p is not None for y in rollouts for p in y.logprobs)
 
 
-def bucket(n, least=128):
-    """The power of two that holds n, from `least` on; beyond 4,096 also quarters in between.
+def bucket(n):
+    """The power of two that holds n, from 128 on; beyond 4,096 also quarters in between.
 
     Few distinct lengths mean few compilations.
     """
-    power = max(least, 1 << (n - 1).bit_length())
+    power = max(128, 1 << (n - 1).bit_length())
     eighth = power // 8
     return power if n <= 4096 else -(-n // eighth) * eighth
 
 
-def row_count(needed, most, multiple, step):
-    """1, step, step^2, ... rows for `needed` of them, or `most`, in multiples of `multiple`."""
-    rows = 1
-    while rows < needed:
-        rows *= step
+def row_count(needed, most, multiple):
+    """1, 2, 4, ... rows for `needed` of them, or `most`, in multiples of `multiple`."""
+    rows = 1 << (needed - 1).bit_length()
     rows = max(1, min(rows, most // multiple * multiple))
     return -(-rows // multiple) * multiple
 
@@ -2018,7 +2010,7 @@ def nucleus(logits_BV, top_p):
 
 LORA_ALPHA = 32.0  # the adapter's output is scaled by alpha / rank
 PAD_POSITION = 2**30  # of padding: later than every query, so no real token attends to it
-FAMILIES = ("llama", "gemma2", "gemma3_text", "qwen2", "qwen3")  # model_type in config.json
+FAMILIES = "llama gemma2 gemma3_text qwen2 qwen3"  # model_type in config.json
 
 
 @dataclass(frozen=True)
@@ -2074,7 +2066,7 @@ class Linear(nnx.Module):
         if self.cfg.lora_rank:  # in float32, in which its gradient is summed
             delta = x.astype(jnp.float32) @ self.lora_a[...] @ self.lora_b[...]
             y += (delta * (LORA_ALPHA / self.cfg.lora_rank)).astype(x.dtype)
-        return y.reshape(*shape[:-1], -1)
+        return checkpoint_name(y, "linear").reshape(*shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -2130,15 +2122,15 @@ def sequence_attention(q_BTNH, k_BKTH, v_BKTH, place, window, cfg):
     The queries go in spans, each with the keys up to its end. In long sequences they go in blocks,
     recomputed one by one in the backward pass, so that [T, T] scores never exist.
     """
-    T = q_BTNH.shape[1]
+    T, outs = q_BTNH.shape[1], []
     if T > 1024:
         inputs = jax.tree.map(lambda x: jnp.stack(jnp.split(x, T // 512, 1)), (q_BTNH, place))
 
+        @jax.checkpoint
         def attend(block):
             return attention(block[0], k_BKTH, v_BKTH, block[1], place, window, cfg)
 
-        return jnp.concatenate(jax.lax.map(jax.checkpoint(attend), inputs), axis=1)
-    outs = []
+        return jnp.concatenate(jax.lax.map(attend, inputs), axis=1)
     for start in range(0, T, 128):
         end = start + 128
         keys, values = k_BKTH[:, :, :end], v_BKTH[:, :, :end]
@@ -2247,13 +2239,14 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(cfg, cfg.model_dim)
         self.layers = nnx.List([Block(cfg, i, rngs) for i in range(cfg.num_layers)])
 
-    def __call__(self, token_BT, position_BT, segment_BT=None):
+    def __call__(self, token_BT, position_BT, segment_BT=None, keep=False):
         """Whole sequences: final hidden states [B, T, D], keys and values of each layer.
 
         Padding is any token at PAD_POSITION; T over 1,024 is a multiple of 512. The backward pass
-        computes each layer again.
+        computes each layer again, except what its Linears computed if that is to be kept.
         """
-        layer = jax.checkpoint(Block.__call__)
+        kept = jax.checkpoint_policies.save_only_these_names(*["linear"] * keep)
+        layer = jax.checkpoint(Block.__call__, policy=kept)
         x_BTD, keys_values = self.embed(token_BT), []
         for block in self.layers:
             x_BTD, new = layer(block, x_BTD, position_BT, segment_BT)
@@ -2371,12 +2364,20 @@ def device_memory():
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", share)
 
 
+def linears_fit(policy, tokens):
+    """Whether a sixth of the memory holds what all Linears compute for so many tokens, about."""
+    cfg = policy.cfg
+    token = 2 * cfg.num_layers * (3 * cfg.model_dim + cfg.mlp_dim) * jnp.dtype(cfg.dtype).itemsize
+    return tokens * token < device_memory() * policy.mesh.size / 6
+
+
 def cache_tokens(cfg, mesh, held):
-    """Tokens of cache that fit into 85 % of the memory that `held` bytes leave free."""
+    """Tokens of cache for which there is memory beside `held` bytes, and room for other arrays."""
+    free = device_memory() - held
     token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
     whole = cfg.num_kv_heads % mesh.shape["model"] > 0  # such heads are on every device
     shards = mesh.shape["data"] if whole else mesh.size
-    return max(0, int(0.85 * (device_memory() - held) * shards / token))
+    return max(0, int(min(0.85 * free, free - 3e9) * shards / token))
 
 
 # ---- Directories in Hugging Face layout
@@ -2442,9 +2443,8 @@ def read_model_config(directory, dtype="float32", lora_rank=0):
         whole = AutoConfig.from_pretrained(directory)
     hf = whole.get_text_config()
     kind, gemma = hf.model_type, hf.model_type.startswith("gemma")
-    if kind not in FAMILIES or getattr(whole, "quantization_config", None):
-        families = ", ".join(FAMILIES)
-        raise UserError(f"{directory}: {kind} (or quantized) is not supported; use {families}")
+    if kind not in FAMILIES.split() or getattr(whole, "quantization_config", None):
+        raise UserError(f"{directory}: {kind} (or quantized) is not supported; use {FAMILIES}")
     H = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     types = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     ropes = hf.rope_parameters  # for each type of layer, or one for all

@@ -1689,7 +1689,6 @@ PROBLEM = espl.Problem("p", "?", ("204",))
         (modify("G0", ["x"]), "no text"),
         (add("half a pair \ud83d"), "no text"),
         (add("a\x00b"), "no text"),
-        (add("w " * 65), "too long"),
         (add("w" * 769), "too long"),
         (add("So compute 204 first"), "leaks a problem"),
     ],
@@ -2220,9 +2219,8 @@ def metrics_of(run):
     return [m | {"seconds": None} for m in read_lines(run, "metrics")]
 
 
-def prompts_of(run, **changes):
-    prompts = json.loads((run.directory / "population.json").read_text(encoding="utf-8"))
-    return [s | changes for s in prompts]
+def prompts_of(run):
+    return json.loads((run.directory / "population.json").read_text(encoding="utf-8"))
 
 
 def learned(run):
@@ -2346,7 +2344,7 @@ def test_the_seed_decides_everything_and_test_answers_nothing(exam, run_of, tmp_
     write_jsonl(test_file, answers)
     two = play(command(exam, tmp_path / "two", "--test-file", test_file))
     assert equal(learned(one), learned(two))
-    assert prompts_of(one, scores=0) == prompts_of(two, scores=0)
+    assert prompts_of(one) == prompts_of(two)
     for a, b in zip(read_lines(one, "rollouts"), read_lines(two, "rollouts"), strict=True):
         assert a == b if a["split"] == "train" else a["text"] == b["text"]
     tests = [[m["test"] for m in metrics_of(run) if "test" in m] for run in (one, two)]
@@ -2427,13 +2425,13 @@ def test_ctrl_c_says_how_to_go_on(exam, tmp_path, capsys):
 
 
 def test_a_process_killed_from_outside(exam, run_of, tmp_path):
-    """It has no screen, an ASCII locale and strict JAX; the run is the same."""
+    """It has no screen, an ASCII locale and 64-bit JAX; the run is the same."""
     path = tmp_path / "run"
     ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    strict = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+    wide = {"JAX_ENABLE_X64": "1"}
     argv = [sys.executable, espl.__file__, *command(exam, path, "--save-every", 1)]
     with open("/dev/full", "w") as full:
-        environment = os.environ | ascii_locale | strict
+        environment = os.environ | ascii_locale | wide
         child = subprocess.Popen(argv, env=environment, stdout=full, stderr=subprocess.PIPE)
         log = path / "metrics.jsonl"
         while not (log.is_file() and '"iteration": 1' in log.read_text()):

@@ -30,7 +30,7 @@ DEFAULTS = {  # what such a small model needs instead of the paper's values
     "iterations": 60,
     "learning_rate": 3e-4,
     "max_grad_norm": 1.0,
-    "microbatch_tokens": 7200,
+    "microbatch_tokens": 1024,
     "temperature": 1.0,
     "top_p": 1.0,
     "max_new_tokens": 32,

@@ -103,6 +103,11 @@ class SavedRun:
             return self.population[end["tested_prompt"]]
         return None
 
+    def scores_of(self, s):
+        """The last scores of a prompt: {"val": 0.5, "test": 0.5}, or {}."""
+        lines = [m for m in self.metrics if m.get("tested_prompt") == s.id]
+        return {split: m[split] for m in lines for split in ("val", "test") if split in m}
+
     def log(self, name, **wanted):
         """Yields the records of a log that have these values."""
         for record in read_jsonl(self.directory / f"{name}.jsonl"):
@@ -355,7 +360,7 @@ def draw_lineage(run, path, most=24):
     and rises, in the right half it stands on the left and sinks.
     """
     line = lineage(run.population, run.tested)[-most:]
-    labels = [step_label(run.population, s) for s in line]
+    labels = [step_label(run, s) for s in line]
     bottoms = list(itertools.accumulate(max(46, 15 * len(label) + 24) for label in labels))
     first, last = line[0].iteration, max(line[-1].iteration, line[0].iteration + 1)
     margin = 0.08 * (last - first)
@@ -385,18 +390,18 @@ def draw_lineage(run, path, most=24):
     figure.savefig(path)
 
 
-def step_label(population, s, most=4):
+def step_label(run, s, most=4):
     """Lines beside a prompt: the edit that made it, and its last test score."""
     lines = []
     if s.parents:
-        for edit in edits(population[s.parents[0]].principles, s.principles):
+        for edit in edits(run.population[s.parents[0]].principles, s.principles):
             lines += textwrap.wrap(edit, 48, max_lines=2, placeholder=" …")
     if len(lines) > most:
         lines[most - 1 :] = [f"… {len(lines) - most + 1} lines more"]
     if len(s.parents) > 1:
         lines.insert(0, f"crossover with {', '.join(map(str, s.parents[1:]))}")
-    tests = [e["score"] for e in s.scores if e["split"] == "test"]
-    return lines + [f"test {score:.3f}" for score in tests[-1:]]
+    scores = run.scores_of(s)
+    return lines + [f"test {scores['test']:.3f}"] if "test" in scores else lines
 
 
 # ---- report.html. Its frame is the file beside this one; all texts pass `escaped`.
@@ -450,7 +455,7 @@ def family_tree(run):
     inside = defaultdict(list)  # by parent; None: the roots
     tested = run.tested
     for s in reversed(run.population):  # children come after their parents
-        scores = "".join(f", {e['split']} {e['score']:.3f}" for e in s.scores[-2:])
+        scores = "".join(f", {split} {x:.3f}" for split, x in run.scores_of(s).items())
         title = f"{s.id}: {described(s)}; mu {s.mu:.1f}, sigma {s.sigma:.1f}{scores}"
         if s is tested:
             title += "; tested prompt"

@@ -603,7 +603,7 @@ def test_the_queue_of_a_plan(small):
         policy, _, _ = plan.loaded(cfg, None, rig)
         clock = plan.Clock(policy, rig).sample([30, 300], prompt=100, group=1)
     assert clock.shapes == {(2, 256), (2, 512)}
-    assert clock.steps == 300 and clock.prefilled == 4 * 128 + 256  # padded to a power of four rows
+    assert clock.steps == 300 and clock.prefilled == 2 * 128 + 256
     weights = plan.size((policy.frozen, policy.theta))
     read = 157 * (weights + 32 * 256) + 143 * (weights + 32 * 512)  # 32 bytes a token and device
     seconds = 0.3 + read / (0.9 * 0.05e12) + clock.prefilled * weights / (0.4 * 0.5e12)

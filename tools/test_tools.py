@@ -52,7 +52,7 @@ def few_shapes():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(espl, "make_mesh", on_one_device)
-        patch.setattr(espl, "row_count", lambda needed, most, multiple, step: min(8, most))
+        patch.setattr(espl, "row_count", lambda needed, most, multiple: min(8, most))
         yield
 
 
