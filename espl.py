@@ -41,8 +41,9 @@ Where this file departs from the paper, and why:
  2. A child's sigma is sqrt(sigma^2 + dsigma^2), as in the appendix and in Algorithm 2.
  3. Prompts next to each other in the ranking tie if their V_i differ by at most 0.01. The seed
     decides between equal batch winners.
- 4. A validation split picks the checkpoint. The test set only reports, and its questions leave the
-    training set. The paper's figures are maxima over test evaluations.
+ 4. A validation split decides which checkpoint is kept beside the last two. The test set only
+    reports, and its questions leave the training set. The paper's figures are maxima over test
+    evaluations.
  5. The gradient of the KL term is that of the KL over the next token, given the sampled prefix.
  6. Each parent of a crossover, the batch winner among them, strictly won a problem, as in the
     authors' code. Crossover is therefore rarer than p_crossover.
@@ -144,7 +145,9 @@ class Config:
     learning_rate: float = flag(4e-5, "Adam's; betas (0.9, 0.95), eps 1e-8", "RL update")
     loss: str = flag("importance_sampling", "surrogate for J", choices=LOSSES)
     baseline: str = flag("prompt", "V[i,b], or mean over prompts", choices="prompt marginal")
-    clip: float = flag(0.2, "of ppo and cispo: ratios in 1 +- this, at least 1 - top_p", high=1)
+    clip: float = flag(
+        0.2, "of ppo and cispo: ratios in 1 +- this (with top-p 1 - top_p or more)", high=1
+    )
     kl_coef: float = flag(0.0, "beta, weight of KL(pi_theta || pi_ref)")
     max_grad_norm: float = flag(0.0, "clip the gradient's global norm (0: off)")
     mask_truncated: bool = flag(False, "do not train on responses cut at the limit")
@@ -242,8 +245,8 @@ def espl_iteration(run, iteration):
     if c.mode != "rl":
         update_ratings(prompts, values, iteration)  # lines 10-11
         best = argmax(values, rng)  # line 12
-        reflector = partial(ask, run, iteration, Counter())
-        tournament = Tournament(prompts, groups, best, reflector, run.task.parse, c)
+        replies = partial(ask, run, iteration, Counter())
+        tournament = Tournament(prompts, groups, best, replies, run.task.parse, c)
         with timed(run, "reflect"):
             metrics |= breed(run, tournament, iteration, rng)  # lines 13-21
     return metrics
@@ -424,7 +427,7 @@ def argmax(values, rng):
 def select(population, c, rng):
     """Chooses M distinct prompts of the window, or all if there are fewer (Alg. 1, line 4)."""
     window = population[-min(c.window, MAX_POOL_SIZE) :]
-    rng.shuffle(window)  # random between equals
+    rng.shuffle(window)  # random between equals; for uniform nothing more is to be done
     scores = {s.id: s.mu + c.ucb_lambda * s.sigma for s in window}  # acquisition scores
     match c.selection:
         case "top_random":  # section Selection: the highest score, and random others
@@ -755,10 +758,10 @@ class Trainer:
 def rl_update(trainer, rollouts, num_rollouts):
     """One policy-gradient step (Alg. 1, line 9). Changes the trainer and returns metrics.
 
-    num_rollouts is N M B; it counts the rollouts that a zero advantage left out. If there is no
-    rollout to train on, no step is made. Rollouts come from the current weights, so up to rounding
-    all importance ratios are in [top_p, 1]. A second epoch on the same rollouts only needs another
-    call, except with reinforce, which has no ratio.
+    num_rollouts is N M B; it counts the rollouts that a zero advantage left out. Without rollouts
+    to train on no step is made. They come from the current weights, but the sampler divides by the
+    mass of the nucleus: up to rounding that mass, in [top_p, 1], is the importance ratio. A second
+    epoch only needs another call, except with reinforce, which has no ratio.
     """
     policy, objective = trainer.policy, trainer.objective
     rollouts = [y for y in rollouts if y.tokens]
@@ -1021,7 +1024,7 @@ def task_module(task):
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     with explained(f"cannot load {path}"):
         spec.loader.exec_module(module)
-        _ = module.reward  # an AttributeError if it has none
+        module.reward  # noqa: B018  (an AttributeError if it has none)
     return module
 
 
@@ -1339,6 +1342,7 @@ def ask(run, iteration, calls, request, slots):
         limit = max(context - c.reflect_tokens, context // 2)
         rollouts = [Rollout(fit_request(chat, template, d, limit)) for d in slots]
         sampling = Sampling(c.reflect_temperature, c.top_p, c.reflect_tokens, seed, request)
+        # theta_ref stands for the base model, and is empty in a second model: all of it is frozen.
         theta = policy.theta if c.reflector == "current" else policy.theta_ref
         generate(policy, theta, rollouts, sampling)
         run.tokens["reflections"] += count_sampled(rollouts)
@@ -1392,8 +1396,8 @@ def ask_server(c, prompts, first):
 def tested_prompt(run):
     """The prompt to evaluate, and in modes rl and reflection to sample with.
 
-    It has the highest mu - lambda sigma, or is the newest, as always if one prompt competes alone.
-    Neither validation nor test scores have a say.
+    It has the highest mu - lambda sigma. With --test-prompt latest, and always when a single prompt
+    competes, it is the newest. Neither validation nor test scores have a say.
     """
     c, pool = run.config, run.population[-MAX_POOL_SIZE:]
     if c.test_prompt == "latest" or c.mode == "reflection" or c.num_prompts == 1:
@@ -1418,7 +1422,7 @@ def evaluate(run, iteration, last=False):
             "before, root": score(run, root, test, "test_before", iteration, before),
             "before, tested": score(run, s, test, "test_before", iteration, before),
             "after, root": score(run, root, test, "test_after", iteration),
-            "after, tested": scores,
+            "after, tested": scores,  # those of the test split, the last in the loop
         }
     return {"tested_prompt": s.id} | result
 
@@ -1621,7 +1625,7 @@ def print_line(run, m):
     if "batch_winner" in m:
         parts.append(f"batch winner {m['batch_winner']}")
     for child in m.get("children", {}).values():
-        parts.append(f"new prompt {child['id']} of {', '.join(map(str, child['parents']))}")
+        parts.append(f"new prompt {child['id']} from {', '.join(map(str, child['parents']))}")
     parts += [f"{split} {m[split]:.3f}" for split in ("val", "test") if split in m]
     parts += [f"no {operator}: {why}" for operator, why in m.get("no_child", {}).items()]
     say(" | ".join([*parts, f"{sum(m['seconds'].values()):.1f} s"]))
@@ -1714,10 +1718,8 @@ def main(argv):
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        say(
-            f"espl: error: out of memory; lower --microbatch-tokens or --max-rows{again}",
-            sys.stderr,
-        )
+        flags = "--microbatch-tokens, --max-rows or --max-new-tokens"
+        say(f"espl: error: out of memory; lower {flags}{again}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         say(f"\nespl: interrupted{again}", sys.stderr)
@@ -1783,7 +1785,7 @@ def run_level(policy, theta, waiting, sampling, environment, bar):
     live, outgrown = [None] * rows, []
     while left := [*filter(None, live), *waiting]:
         if rows_for(policy, len(left), length) <= rows // 2:
-            break  # before anything is prefilled: a smaller cache will do
+            break  # all are prefilled again in a smaller cache
         cache = admit(policy, theta, cache, live, waiting)
         cache, sampled = decode(policy, theta, cache, live, sampling)
         for i, y in enumerate(live):
@@ -1995,7 +1997,7 @@ def nucleus(logits_BV, top_p):
     probs = jax.nn.softmax(logits_BV)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
-    def set_bit(i, threshold_B):  # the largest threshold at or above which top_p remains
+    def set_bit(i, threshold_B):  # the highest one such that tokens from it on have mass top_p
         higher = threshold_B | (1 << (30 - i))
         remains = jnp.sum(probs, -1, where=bits >= higher[:, None])
         return jnp.where(remains >= top_p, higher, threshold_B)
@@ -2296,7 +2298,7 @@ class Policy:
     mesh: Any
     stop_ids: tuple[int, ...] = ()
     max_rows: int = 64  # most sequences decoded at once
-    cache_tokens: int = 2**40  # most tokens that all rows of the cache together may hold
+    cache_tokens: int = 2**40  # most that all rows of the cache may hold; start_run sets it
 
     def model(self, theta):
         return nnx.merge(self.graphdef, theta, self.frozen)
@@ -2325,7 +2327,7 @@ def make_mesh(model_parallel):
 
 
 def path_name(path):
-    """'layers/0/self_attn/q_proj/kernel' for the tree path of a weight."""
+    """'layers/0/q_proj/kernel' for the tree path of a weight."""
     return "/".join(str(k.key) for k in path if hasattr(k, "key"))
 
 
@@ -2384,7 +2386,7 @@ def cache_tokens(cfg, mesh, held):
 
 
 def load_policy(c, frozen=False):
-    """The model of --model on all devices, ready to sample, and its chat format."""
+    """The model of --model on all devices, ready to sample, and its chat. frozen: a reflector's."""
     from transformers import AutoTokenizer
 
     backend, dtype = jax.default_backend(), c.dtype

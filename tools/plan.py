@@ -68,6 +68,7 @@ class Device(NamedTuple):
 DEVICES = {
     "H100": Device(80, 3.35, 989, 3.0, (9, 0, 132, 128, 233472, 52428800, 1.98)),
     "A100": Device(80, 2.04, 312, 1.8, (8, 0, 108, 64, 167936, 41943040, 1.41)),
+    "L40S": Device(48, 0.86, 362, 0.9, (8, 9, 142, 128, 102400, 100663296, 2.52)),
     "RTX4090": Device(24, 1.01, 165, 0.5, (8, 9, 128, 128, 102400, 75497472, 2.52)),
     "v5e": Device(16, 0.82, 197, 1.2),
     "v5p": Device(95, 2.77, 459, 4.2),
@@ -390,7 +391,7 @@ def job(cfg, reflector, rig):
     evaluations = 1 + math.ceil(iterations / c.eval_every)
     at_a_time = c.test_samples * (VAL + TEST)
     test = Clock(policy, rig).sample(response_lengths(at_a_time, 6000, c.max_new_tokens), 400, 4)
-    table = 4 * TEST / (VAL + TEST)
+    table = 3 * TEST / (VAL + TEST)  # its fourth cell is the last evaluation
     parts = {
         f"training, {iterations} iterations": iterations * iteration,
         f"evaluation, {evaluations} times, and the table": (evaluations + table) * test.seconds,
