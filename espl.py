@@ -12,19 +12,19 @@ gradient, its system prompts by evolution: selection, TrueSkill ratings, reflect
 Algorithm 1, its lines counted from "Initialize S", and where they are in this file:
 
     line   what                                                        function             at line
-    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1261
-    2      while not converged                                         train                  195
-    3      sample problems x ~ D                                       next_problems          278
-    4      select system prompts s_i from S by mu + lambda sigma       select                 424
-    5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          337
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1190
-    8      the advantages r_ij - V_i                                   set_advantages        377
-    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              791
-    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              755
-    10-12  rank the s_i by V_i; TrueSkill.update; k <- argmax_i V_i    update_ratings        443
-    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 517
-    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              461
-    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              562
+    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1264
+    2      while not converged                                         train                  198
+    3      sample problems x ~ D                                       next_problems          281
+    4      select system prompts s_i from S by mu + lambda sigma       select                 427
+    5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          340
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1193
+    8      the advantages r_ij - V_i                                   set_advantages        380
+    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              794
+    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              758
+    10-12  rank the s_i by V_i; TrueSkill.update; k <- argmax_i V_i    update_ratings        446
+    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 520
+    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              464
+    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              565
 
 Sections: 2 flags, 3 Algorithm 1, 4 evolution, 5 RL update, 6 tasks and words, 7 a run; then the
 engine, which a reader of the paper need not open: 8 sampling, 9 the model and its weights.
@@ -151,7 +151,7 @@ class Config:
     kl_coef: float = flag(0.0, "beta, weight of KL(pi_theta || pi_ref)")
     max_grad_norm: float = flag(0.0, "clip the gradient's global norm (0: off)")
     mask_truncated: bool = flag(False, "do not train on responses cut at the limit")
-    microbatch_tokens: int = flag(8192, "tokens of a gradient-accumulation step", low=1)
+    microbatch_tokens: int = flag(4096, "tokens of a gradient-accumulation step", low=1)
 
     temperature: float = flag(0.6, "of rollouts; the policy is tempered", "Sampling", low=1e-3)
     top_p: float = flag(0.95, "nucleus mass", low=1e-6, high=1)
@@ -752,7 +752,7 @@ class Trainer:
     optimizer: optax.GradientTransformation
     opt_state: Any
     objective: Objective = Objective()
-    max_tokens: int = 8192  # of a microbatch
+    max_tokens: int = 4096  # of a microbatch
 
 
 def rl_update(trainer, rollouts, num_rollouts):
@@ -2367,10 +2367,10 @@ def device_memory():
 
 
 def linears_fit(policy, tokens):
-    """Whether a sixth of the memory holds what all Linears compute for so many tokens, about."""
+    """Whether a twelfth of the memory holds what all Linears compute for so many tokens, about."""
     cfg = policy.cfg
     token = 2 * cfg.num_layers * (3 * cfg.model_dim + cfg.mlp_dim) * jnp.dtype(cfg.dtype).itemsize
-    return tokens * token < device_memory() * policy.mesh.size / 6
+    return tokens * token < device_memory() * policy.mesh.size / 12
 
 
 def cache_tokens(cfg, mesh, held):

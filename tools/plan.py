@@ -102,13 +102,13 @@ MODELS = {  # NAMES in config.json
     "Llama-3.3-70B": ("llama", 80, 8192, 28672, 64, 8, 128, 128256),
 }
 TABLE = (  # model, devices, how many of them share a weight, tokens of a microbatch
-    ("Qwen3-1.7B", "H100:1", 1, 8192),
-    ("Qwen3-1.7B", "v5e:2x2", 1, 8192),
+    ("Qwen3-1.7B", "H100:1", 1, 4096),
+    ("Qwen3-1.7B", "v5e:2x2", 1, 4096),
     ("Llama-3.1-8B", "RTX4090:1", 1, 4096),
-    ("Llama-3.1-8B", "H100:1", 1, 8192),
-    ("Llama-3.1-8B", "v5e:4x4", 8, 8192),
-    ("Gemma-3-27B", "v5p:2x2x2", 4, 8192),
-    ("Llama-3.3-70B", "H100:8", 8, 8192),
+    ("Llama-3.1-8B", "H100:1", 1, 4096),
+    ("Llama-3.1-8B", "v5e:4x4", 8, 4096),
+    ("Gemma-3-27B", "v5p:2x2x2", 4, 4096),
+    ("Llama-3.3-70B", "H100:8", 8, 4096),
 )
 
 
@@ -461,7 +461,7 @@ def main(argv=None):
     parser.add_argument("--reflector", help="a second model on the same devices")
     parser.add_argument("--lora-rank", type=int, default=32, help="0: train all weights")
     parser.add_argument("--length", type=int, default=4096, help="tokens in a row")
-    parser.add_argument("--microbatch-tokens", type=int, default=8192)
+    parser.add_argument("--microbatch-tokens", type=int, default=4096)
     parser.add_argument(
         "--queue", action="store_true", help="time of --task aime instead of memory"
     )
