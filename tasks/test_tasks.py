@@ -1132,6 +1132,16 @@ def test_parse_of_glyphs(reply, expected):
     assert found == (expected and [dict(zip(keys, edit)) for edit in expected])
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_an_evolved_prompt_that_is_shipped_knows_its_world(seed):
+    """Any of them starts a run, and most of what it says of the world of its seed is right."""
+    [prompt] = espl.read_population(TASKS.parent / "docs" / "populations" / f"glyphs-{seed}.json")
+    meaning = glyphs.draw_meaning(random.Random(f"glyphs/{seed}"))
+    said = [text.split() for text in prompt.principles]
+    right = {glyph for glyph, name in said if meaning[glyph] == name}
+    assert len(right) >= 0.75 * len(meaning) and prompt.mu > 30
+
+
 def test_the_requests_of_glyphs_fit():
     """The longest requests of a run have room in the model's context, and lose no word."""
     config = espl.parse_args([])
