@@ -2776,7 +2776,7 @@ def test_a_line_an_iteration(capsys):
     m |= {"loss": 0.0, "grad_norm": 0.384, "entropy": 0.112, "seconds": {"a": 0.1, "b": 0.2}}
     m |= {"children": {"mutation": {"id": 28, "parents": [26]}}, "no_child": {"crossover": "none"}}
     espl.print_line(None, m)
-    parts = ("  49 |", "0.860", "0.38", "0.11", " 26 ", "28 of 26", "crossover: none", "0.3 s")
+    parts = ("  49 |", "0.860", "0.38", "0.11", " 26 ", "28 from 26", "crossover: none", "0.3 s")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and all(part in out for part in parts)
 
