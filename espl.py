@@ -811,8 +811,7 @@ def kl_estimators(logp, ref_logp, ratio):
     """Two terms per token for KL(pi_theta || pi_ref): one has its value, one has its gradient.
 
     k3 estimates the value. On samples of pi_theta its gradient is that of KL(pi_ref || pi_theta),
-    the other way round; k2 has the right gradient, off policy with the importance ratio. (k2 and k3
-    are Schulman's names.)
+    the other way round; k2 has the right one, off policy with the ratio. (Names by Schulman.)
     """
     log_ratio = logp - ref_logp
     k3 = jnp.exp(-log_ratio) + log_ratio - 1
@@ -829,7 +828,8 @@ def kl_estimators(logp, ref_logp, ratio):
 def add_gradient(gradient, policy, batch, num_rollouts, objective):
     """Adds a microbatch's share of the gradient of -(J - beta KL), and returns sums for the log.
 
-    The batch's arrays are [B, T], see `fill_rows`.
+    The batch's arrays are [B, T], see `fill_rows`. In XLA's other order a CPU would compute many
+    layers again at once, in several times the memory.
     """
     mask = batch["mask"]
     keep = linears_fit(policy, mask.size)
@@ -902,7 +902,7 @@ def microbatches(rollouts, max_tokens, policy):
         target                       y0     y1 ...      z0     z1 ...
 
     Rows longer than the shared length hold one response, and have no segments. A batch has a power
-    of four rows, or as many as max_tokens allows.
+    of two rows, or as many as max_tokens allows.
     """
     shared = min(PACKED_LENGTHS, key=lambda length: packing_cost(rollouts, length, policy.cfg))
     by_length = {}

@@ -1095,6 +1095,31 @@ def test_the_logits_of_a_whole_batch_never_exist():
     assert update_memory(policy, 64, 512) < 64 * 512 * 2**15 * 4 / 6 / 8
 
 
+def test_kept_outputs_of_linears_change_nothing_but_memory(monkeypatch):
+    """They are kept if a twelfth of the memory holds them; `made` counts their bytes itself."""
+    policy = tiny_policy(4, num_hidden_layers=8)
+    weights = [path for path, _ in jax.tree.leaves_with_path(policy.frozen)]
+    shapes = [x.shape for x in jax.tree.leaves(policy.frozen)]
+    kernels = [s for path, s in zip(weights, shapes) if espl.path_name(path).endswith("kernel")]
+    made = 512 * sum(d_out for _, d_out in kernels) * 4
+    for share, keep in ((6, False), (30, True)):
+        monkeypatch.setattr(espl, "device_memory", lambda share=share: share * made)
+        assert espl.linears_fit(policy, 512) == keep
+    y = espl.Rollout([1] * 9, [3, 4] * 250, [-2.0] * 500, advantage=1.0)
+    [batch] = espl.microbatches([y], 512, policy)
+    found = []
+    for keep in (False, True):
+        monkeypatch.setattr(espl, "linears_fit", lambda *_, keep=keep: keep)
+        espl.add_gradient.clear_cache()
+        args = jax.tree.map(jnp.zeros_like, policy.theta), policy, batch, 1
+        compiled = espl.add_gradient.lower(*args, espl.Objective()).compile()
+        found.append((compiled(*args)[0], compiled.memory_analysis().temp_size_in_bytes))
+    espl.add_gradient.clear_cache()
+    (again, less), (kept, more) = found
+    assert more > less
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), again, kept)
+
+
 def test_the_scores_of_long_sequences_never_exist():
     policy = tiny_policy(4, num_hidden_layers=1)
     assert update_memory(policy, 1, 4096) < policy.cfg.num_heads * 4096**2 * 4
