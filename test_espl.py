@@ -1120,6 +1120,16 @@ def test_kept_outputs_of_linears_change_nothing_but_memory(monkeypatch):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), again, kept)
 
 
+@pytest.mark.parametrize(("gigabytes", "left"), [(6, 2), (16, 3), (84, 12)])
+def test_the_cache_leaves_memory_for_the_rest(monkeypatch, gigabytes, left):
+    """Beside 4 GB of weights it leaves 15 % of the rest, or 3 GB: here 12, 3, and all of 2 GB."""
+    policy = tiny_policy(4)
+    monkeypatch.setattr(espl, "device_memory", lambda: gigabytes * 1e9)
+    tokens = espl.cache_tokens(policy.cfg, make_mesh(1), 4e9)
+    row = sum(x.nbytes for x in jax.tree.leaves(espl.new_cache(policy.cfg, 1, 128)))
+    assert gigabytes - 4 - tokens * row / 128 / 1e9 == pytest.approx(left, abs=1e-6)
+
+
 def test_the_scores_of_long_sequences_never_exist():
     policy = tiny_policy(4, num_hidden_layers=1)
     assert update_memory(policy, 1, 4096) < policy.cfg.num_heads * 4096**2 * 4
