@@ -25,7 +25,7 @@ import pytest
 import search
 import sums
 import tool_calls
-from test_espl import make_mesh, make_tiny_model, one_device, write_jsonl  # noqa: F401  (a fixture)
+from test_espl import MEANS, make_mesh, make_tiny_model, one_device, write_jsonl  # noqa: F401  (a fixture)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -1042,17 +1042,6 @@ def test_gym_with_its_package():
 # ==================================================================================================
 # Glyphs and sums
 # ==================================================================================================
-
-MEANS = {  # written out, independently of the task
-    "plus": lambda a, b: int(str(a + b)[-1]),
-    "minus": lambda a, b: a - b if a >= b else a - b + 10,
-    "times": lambda a, b: int(str(a * b)[-1]),
-    "diff": lambda a, b: max(a, b) - min(a, b),
-    "max": lambda a, b: a if a > b else b,
-    "min": lambda a, b: b if a > b else a,
-    "left": lambda a, b: a,
-    "right": lambda a, b: b,
-}
 
 
 def test_glyphs_is_the_default_task_and_has_its_own_defaults():

@@ -19,12 +19,12 @@ import scipy.special
 import scipy.stats
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
-from test_espl import (  # noqa: F401  (one_device is a fixture)
+from test_espl import (
+    MEANS,  # noqa: F401  (one_device is a fixture)
     assert_close,
     hf_logits,
     logits,
     make_tiny_model,
-    one_device,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,16 +33,6 @@ import espl
 glyphs = espl.task_module("glyphs")
 TEXTS = espl.read_texts(glyphs.PROMPTS, "")
 SHIPPED = Path(glyphs.__file__).with_name("glyphs_model")
-MEANS = {  # written out, independently of the task
-    "plus": lambda a, b: int(str(a + b)[-1]),
-    "minus": lambda a, b: a - b if a >= b else a - b + 10,
-    "times": lambda a, b: int(str(a * b)[-1]),
-    "diff": lambda a, b: max(a, b) - min(a, b),
-    "max": lambda a, b: a if a > b else b,
-    "min": lambda a, b: b if a > b else a,
-    "left": lambda a, b: a,
-    "right": lambda a, b: b,
-}
 
 
 # ---- The laboratory
