@@ -12,19 +12,19 @@ gradient, its system prompts by evolution: selection, TrueSkill ratings, reflect
 Algorithm 1, its lines counted from "Initialize S", and where they are in this file:
 
     line   what                                                        function             at line
-    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1264
+    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1261
     2      while not converged                                         train                  198
     3      sample problems x ~ D                                       next_problems          281
-    4      select system prompts s_i from S by mu + lambda sigma       select                 427
+    4      select system prompts s_i from S by mu + lambda sigma       select                 423
     5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          340
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1193
-    8      the advantages r_ij - V_i                                   set_advantages        380
-    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              794
-    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              758
-    10-12  rank the s_i by V_i; TrueSkill.update; k <- argmax_i V_i    update_ratings        446
-    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 520
-    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              464
-    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              565
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1190
+    8      the advantages r_ij - V_i                                   set_advantages        376
+    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              790
+    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              754
+    10-12  rank the s_i by V_i; TrueSkill.update; k <- argmax_i V_i    update_ratings        442
+    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 516
+    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              460
+    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              561
 
 Sections: 2 flags, 3 Algorithm 1, 4 evolution, 5 RL update, 6 tasks and words, 7 a run; then the
 engine, which a reader of the paper need not open: 8 sampling, 9 the model and its weights.
@@ -269,7 +269,7 @@ def breed(run, tournament, iteration, rng):
         except Exception as e:  # a failure in reflection never ends a run
             log["no_child"][name] = f"failed: {first_line(e)}"
             warn(f"{name} failed; the run goes on\n{traceback.format_exc()}")
-    return log | {"dropped": dict(tournament.dropped)}
+    return log | {"dropped": tournament.dropped}
 
 
 def last_iteration(run):
@@ -365,15 +365,11 @@ def sample_groups(run, jobs, split, iteration, theta=None):
     for y, (reward, outcome) in zip(rollouts, grades):
         y.reward, y.outcome = reward, outcome
     for g in groups:
-        log = {
-            "iteration": iteration,
-            "split": split,
-            "prompt": g.prompt.id,
-            "problem": g.problem.id,
-        }
+        log = {"iteration": iteration, "split": split, "prompt": g.prompt.id}
         for y in g.rollouts:
-            log |= {"reward": y.reward, "outcome": y.outcome, "stop": y.stop, "text": y.text}
-            run.append("rollouts.jsonl", log | {"tokens": len(y.tokens)})
+            log |= {"problem": g.problem.id, "reward": y.reward, "outcome": y.outcome}
+            log |= {"stop": y.stop, "text": y.text, "tokens": len(y.tokens)}
+            run.append("rollouts.jsonl", log)
     return groups
 
 
@@ -1104,8 +1100,9 @@ def read_texts(own, prompts_file):
         found = re.findall(r"^\[(\w+)\][ \t]*$(.*?)(?=^\[\w+\][ \t]*$|\Z)", source, re.M | re.S)
         texts |= {name: body.strip() for name, body in found}
     for name, slots in SLOTS.items():
-        for slot in slots:
-            if f"{{{slot}}}" not in texts.get(name, ""):
+        text = texts.get(name, "missing")
+        for slot in slots if text or name == "system" else ():
+            if f"{{{slot}}}" not in text:
                 raise UserError(f"the prompts' section [{name}] lacks the slot {{{slot}}}; add it")
     return texts
 
@@ -1269,8 +1266,7 @@ def start_run(c):
     policy, chat = load_policy(c)
     reflector = None
     if c.reflector not in ("reference", "current") and "://" not in c.reflector:
-        other = dataclasses.replace(c, model=c.reflector, dtype="bfloat16", lora_rank=0)
-        reflector = load_policy(other, frozen=True)
+        reflector = load_policy(dataclasses.replace(c, model=c.reflector, lora_rank=0), frozen=True)
 
     clip = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
     optimizer = optax.chain(*clip, optax.adam(c.learning_rate, b1=0.9, b2=0.95, eps=1e-8))
@@ -1331,6 +1327,8 @@ def ask(run, iteration, calls, request, slots):
     """The `ask` of a Tournament: the reflector's replies to a request, all in one batch."""
     c, template = run.config, run.task.texts[request]
     policy, chat = run.reflector or (run.policy, run.chat)
+    if not template:  # an empty section: a response is its own summary, proposals need no edits
+        return [d.get("response", "[]") for d in slots]
     calls[request] += 1
     seed = run.seed(f"{request}/{calls[request]}/{iteration}")
     slots = [{name: chat.clean(text) for name, text in d.items()} for d in slots]
@@ -1411,7 +1409,8 @@ def evaluate(run, iteration, last=False):
     At the end also a table of the test problems' scores for {weights before, after training} x
     {root, tested prompt}, all with the same seeds.
     """
-    s, result = tested_prompt(run), {}
+    s = tested_prompt(run)
+    result = {"tested_prompt": s.id}
     for split, problems in (("val", run.task.val), ("test", run.task.test)):
         if problems:
             scores = score(run, s, problems, split, iteration)
@@ -1424,7 +1423,7 @@ def evaluate(run, iteration, last=False):
             "after, root": score(run, root, test, "test_after", iteration),
             "after, tested": scores,  # those of the test split, the last in the loop
         }
-    return {"tested_prompt": s.id} | result
+    return result
 
 
 def score(run, s, problems, split, iteration, theta=None):
@@ -1450,10 +1449,9 @@ def checkpoints(run, read_only=False):
 
 def save_checkpoint(run, metrics):
     """Saves what the next iteration needs: theta, Adam's state, the population."""
-    population = [dataclasses.asdict(s) for s in run.population]
     args = ocp.args.Composite(
         weights=ocp.args.StandardSave(trained_state(run)),
-        population=ocp.args.JsonSave(population),
+        population=ocp.args.JsonSave([dataclasses.asdict(s) for s in run.population]),
     )
     val = {"val": metrics.get("val", -math.inf), "iteration": metrics["iteration"]}
     with tolerated("save a checkpoint"), checkpoints(run) as manager:
@@ -1521,7 +1519,7 @@ def write_whole(path, value):
 
 def write_logs(run, metrics):
     """The iteration's line of metrics.jsonl, and population.json."""
-    metrics |= {"tokens": dict(run.tokens), "seconds": dict(run.seconds)}
+    metrics |= {"tokens": run.tokens, "seconds": run.seconds}
     run.append("metrics.jsonl", metrics)
     if jax.process_index() == 0:
         with tolerated("write population.json"):
@@ -2484,9 +2482,9 @@ def stop_tokens(directory, chat):
     turn = chat.render(("user", "question"), ("assistant", "answer"))
     if end := chat.special.match(turn.rpartition("answer")[2]):
         ends.append(chat.tokenizer.convert_tokens_to_ids(end[0]))
-    if ends == [None] * len(ends):
+    if not (ends := {*ends} - {None}):
         raise UserError(f"{directory} has no end-of-sequence token; set eos_token_id")
-    return tuple(sorted({i for i in ends if i is not None}))
+    return tuple(sorted(ends))
 
 
 def read_policy(directory, cfg, mesh, seed=0):

@@ -1984,6 +1984,16 @@ def test_a_tasks_sections_replace_the_seeds_and_a_file_replaces_both(tmp_path):
     assert changed == texts | {"principles": "three"}
 
 
+def test_an_empty_section_is_not_asked(chat):
+    texts = espl.read_texts("[summarize]\n\n[aggregate]\n", "")
+    assert texts["summarize"] == texts["aggregate"] == ""
+    run = espl.Run(espl.Config(), task_saying(texts), chat, SimpleNamespace(policy=None), [], None)
+    slots = [{"response": "4 * 2"}, {"response": "8"}]
+    assert espl.ask(run, 1, Counter(), "summarize", slots) == ["4 * 2", "8"]
+    [plan] = espl.ask(run, 1, Counter(), "aggregate", [{"principles": "p", "suggestions": "s"}])
+    assert espl.parse_edits(plan) == []
+
+
 def test_slots_are_filled_in_one_pass():
     slots = {"problem": "{answer} {problem}", "answer": r"\1 \g<0> {problem}"}
     filled = espl.fill(r'{problem}|{answer}|{unknown} \frac{1}{2} {"a": {}} {{answer}}', slots)
@@ -2696,7 +2706,7 @@ def test_another_model_reflects(exam, run_of, tmp_path):
     argv = command(exam, tmp_path / "run", "--mode", "evolution", "--iterations", 1)
     run = play([*argv, "--reflector", other])
     policy, _ = run.reflector
-    assert policy.cfg.dtype == "bfloat16" and not jax.tree.leaves(policy.theta)
+    assert policy.cfg.frozen and not jax.tree.leaves(policy.theta)
     mine, theirs = (read_lines(r, "reflections")[0] for r in (run_of("evolution"), run))
     assert mine["prompt"] == theirs["prompt"] and mine["reply"] != theirs["reply"]
 
