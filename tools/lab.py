@@ -5,12 +5,15 @@
     python tools/lab.py vary selection=softmax,uniform # espl with other values of a flag
     python tools/lab.py models DIR DIR                 # rl, evolution and espl with other models
     python tools/lab.py ratings                        # does mu predict a prompt's test score?
+    python tools/lab.py order --seeds 20               # both at once, or one after the other
+    python tools/lab.py shop --flags "--model DIR ..." # rl, evolution and espl of a real model
     python tools/lab.py shift                          # prompts or weights carried to a new world
+    python tools/lab.py plasticity                     # rl in a new world from trained weights
     python tools/lab.py kl                             # reward against KL(pi_theta || pi_ref)
     python tools/lab.py readme --results docs/results.json     # tables and picture of the pages
 
-The task is the embedded world (tasks/glyphs.py), if --flags do not name another. Finished runs in
---out are not repeated. Every evaluation of every run is added to --results; `readme` writes the
+The task is the embedded world (tasks/glyphs.py), except for `shop` (tasks/shop.py). Finished runs
+in --out are not repeated. Every evaluation of every run is added to --results; `readme` writes the
 tables that stand between <!-- NAME --> and <!-- end --> in README.md and docs/*.md. A cell is the
 mean and standard deviation over the seeds. Differences are paired (same seed, so the same world),
 with a 95 % bootstrap interval over the seeds. Tokens are those sampled in training, by rollouts and
@@ -59,6 +62,7 @@ ABLATIONS = (  # the value that is left out is the default
     "num_prompts=1,5 num_rollouts=15,3",
     "baseline=marginal",
 )
+PLASTICITY = {"rl, untrained weights": "", "rl after rl": "rl", "rl after espl": "espl"}
 SHIFT = ("nothing carried", "prompts carried", "weights carried", "prompts and weights carried")
 DRAWN = {  # in compare.png
     "rl": "weights alone",
@@ -82,8 +86,16 @@ def rows_of(command, settings):
             for mode in ("rl", "evolution", "espl"):
                 rows[f"{mode} of {Path(model).name}"] = ["--mode", mode, "--model", model]
         return rows
+    if command == "order":
+        names = [name for name in MODES if name == "espl" or ", then " in name]
+        return {name: ["--mode", re.split("[ ,]", name)[0]] for name in names}
+    if command == "shop":
+        return {mode: ["--mode", mode, "--task", "shop"] for mode in ("rl", "evolution", "espl")}
     if command == "ratings":
         return {mode: ["--mode", mode] for mode in ("espl", "evolution")}
+    if command == "plasticity":
+        names = ("rl", "espl", *PLASTICITY)
+        return {name: ["--mode", re.split("[ ,]", name)[0]] for name in names}
     if command == "shift":
         return {name: [] for name in ("espl", *SHIFT)}
     if command == "kl":  # so small a weight only logs it
@@ -113,24 +125,34 @@ def directory_of(name, seed, out):
 
 def more_flags(name, seed, out):
     """The flags of a row that depend on the seed and on other rows' runs."""
-    ours = directory_of("espl", seed, out)
+    ours, another_world = directory_of("espl", seed, out), f"--seed={seed + 1000}"
     if name == PERFECT:
         return ["--prompts-file", perfect_prompts(seed, out)]
     if name == LONGER:
         spent = curve_of(directory_of("rl", seed, out))[-1]
         times = sum(curve_of(ours)[-1]["tokens"].values()) / sum(spent["tokens"].values())
         return [f"--iterations={math.ceil(times * spent['iteration'])}"]
+    if name in PLASTICITY:
+        first = PLASTICITY[name]
+        carried = [f"--model={exported(directory_of(first, seed, out))}"] if first else []
+        return [another_world, *carried]
     if name not in SHIFT:
         return []
-    flags = [f"--seed={seed + 1000}"]
+    flags = [another_world]
     if "prompts" in name:
         flags.append(f"--population={ours / 'population.json'}")
     if "weights" in name:
-        model = ours / "exported"
-        if not model.is_dir():
-            child(ours / "export.log", "tools/export.py", ours, model, "--merge", "--step=latest")
-        flags.append(f"--model={model}")
+        flags.append(f"--model={exported(ours)}")
     return flags
+
+
+def exported(directory):
+    """A run's last weights as a model directory, which is made unless it is there."""
+    model = directory / "exported"
+    if not model.is_dir():
+        log = directory / "export.log"
+        child(log, "tools/export.py", directory, model, "--merge", "--step=latest")
+    return model
 
 
 def perfect_prompts(seed, out):
@@ -308,7 +330,12 @@ TABLES = {  # name: section of the results, function
     "ablations": ("ablations", scores_table),
     "ratings": ("ratings", ratings_table),
     "models": ("models", course_table),
+    "order": ("order", scores_table),
+    "shop": ("shop", scores_table),
+    "shop_course": ("shop", course_table),
+    "shop_cells": ("shop", square_table),
     "shift": ("shift", course_table),
+    "plasticity": ("plasticity", course_table),
     "kl": ("kl", course_table),
 }
 

@@ -181,18 +181,41 @@ def test_a_comparison(pretended, tmp_path, capsys):
     assert lab.main(argv) == 0 and len(pretended) == 2 * done  # other flags
 
 
+def flags_of(calls):
+    """{name of the run, or export: its flags} of pretended calls."""
+    found = {}
+    for program, *flags in calls:
+        name = "export" if "export" in program else next(f for f in flags if "run-dir" in f)
+        found[name.rpartition("/")[2]] = " ".join(flags)
+    return found
+
+
 def test_what_is_carried_to_another_world(pretended, tmp_path):
     assert lab.main(["shift", "--seeds", "1", "--out", str(tmp_path)]) == 0
-    carried = {}
-    for program, *flags in pretended:
-        name = "export" if "export" in program else next(f for f in flags if "run-dir" in f)
-        carried[name.rpartition("/")[2]] = " ".join(flags)
+    carried = flags_of(pretended)
     world, model = f"{tmp_path}/espl-0/population.json", f"--model={tmp_path}/espl-0/exported"
     assert "export" in carried and "--seed=1000" not in carried["espl-0"]
     both = carried["prompts-and-weights-carried-0"]
     assert f"--population={world}" in both and model in both and both.count("--seed=1000") == 1
     assert world not in carried["weights-carried-0"] and model in carried["weights-carried-0"]
     assert world in carried["prompts-carried-0"] and model not in carried["prompts-carried-0"]
+
+
+def test_rl_in_another_world_begins_with_trained_weights(pretended, tmp_path):
+    assert lab.main(["plasticity", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    runs = flags_of(pretended)
+    assert {"rl-0", "espl-0"} < {*runs} and "--seed=0" in runs["espl-0"]
+    for first in ("rl", "espl"):
+        again = runs[f"rl-after-{first}-0"]
+        assert "--mode rl" in again and "--seed=1000" in again
+        assert f"--model={tmp_path}/{first}-0/exported" in again
+    assert "--model" not in runs["rl-untrained-weights-0"]
+
+
+def test_rows_of_other_commands():
+    assert lab.rows_of("order", [])["rl, then evolution"] == ["--mode", "rl"]
+    assert len(lab.rows_of("order", [])) == 3
+    assert lab.rows_of("shop", [])["espl"] == ["--mode", "espl", "--task", "shop"]
 
 
 def test_pages_have_the_tables_of_the_results(tmp_path, monkeypatch):
