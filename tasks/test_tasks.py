@@ -1,4 +1,4 @@
-"""Tests of the tasks: the reward of mathematics, calls of tools, search, gym, glyphs and sums.
+"""Tests of the tasks: the reward of mathematics, calls of tools, search, gym, glyphs, sums, shop.
 
 Verdicts on answers are worked out by hand, never by the reward. reasoning-gym is replaced by a
 small package that misbehaves, but for one test.
@@ -23,6 +23,7 @@ import mathematics
 import numpy as np
 import pytest
 import search
+import shop
 import sums
 import tool_calls
 from test_espl import MEANS, make_mesh, make_tiny_model, one_device, write_jsonl  # noqa: F401  (a fixture)
@@ -1040,7 +1041,7 @@ def test_gym_with_its_package():
 
 
 # ==================================================================================================
-# Glyphs and sums
+# Glyphs, sums and shop
 # ==================================================================================================
 
 
@@ -1181,3 +1182,31 @@ def test_sums_are_right_and_harder_in_the_test_set():
     assert sums.reward({"answer": "-5"}, "-5") == 1
     assert task.parse(" Think.\nOr not.") == [{"operation": "add", "principle": "Think."}]
     assert task.parse(" \n") == []
+
+
+def test_orders_agree_on_the_prices_that_the_seed_draws():
+    task = load_task("--task", "shop", "--seed", 3)
+    assert [len(x) for x in (task.train, task.val, task.test)] == [40, 0, 24]
+    price = {}
+    for x in task.train + task.test:
+        number, thing = re.fullmatch(r"([2-5]) (\w+)s", x.question).groups()
+        assert int(x.answer) == int(number) * price.setdefault(thing, int(x.answer) // int(number))
+    assert {*price} == {*shop.GOODS} and all(11 <= p <= 39 for p in price.values())
+    other = load_task("--task", "shop", "--seed", 4)
+    assert {x.question: x.answer for x in other.train} != {x.question: x.answer for x in task.train}
+    said = {"4 * 22 = 88": (1, "correct"), "88 coins, or 89": (0, "wrong"), "?": (0, "no_answer")}
+    assert {text: espl.grade(task, [({"answer": "88"}, text)])[0] for text in said} == said
+
+
+@pytest.mark.parametrize(
+    "reply, prices",
+    [
+        ("One junt costs 34 coins.", ["junt: 34"]),
+        ("So: one junt cost 34 coins,\nOne 2 perls costs 16 coins", ["junt: 34", "perl: 16"]),
+        ("One 4-junt costs 34 coins. One coin costs 3 coins. One wimp costs 9.", []),
+        ("The junt is dear.", []),
+    ],
+)
+def test_parse_of_shop(reply, prices):
+    """Prices of goods that the shop does not have are left out."""
+    assert shop.parse(reply) == [{"operation": "add", "principle": x} for x in prices]
