@@ -64,7 +64,8 @@ ABLATIONS = (  # the value that is left out is the default
 )
 PLASTICITY = {"rl, untrained weights": "", "rl after rl": "rl", "rl after espl": "espl"}
 SHIFT = ("nothing carried", "prompts carried", "weights carried", "prompts and weights carried")
-DRAWN = {  # in compare.png
+PICTURES = {"compare": "compare.png", "shop": "real_model.png"}  # of sections, in docs
+DRAWN = {  # their curves
     "rl": "weights alone",
     "reflection": "prompts, one at a time",
     "evolution": "prompts alone",
@@ -341,7 +342,7 @@ TABLES = {  # name: section of the results, function
 
 
 def write_pages(results):
-    """Tables of README.md and docs/*.md, and docs/compare.png."""
+    """Tables of README.md and docs/*.md, and the pictures in docs."""
 
     def block(match):
         if match[1] not in TABLES:
@@ -353,14 +354,18 @@ def write_pages(results):
         text = page.read_text(encoding="utf-8")
         new = re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, text, flags=re.S)
         page.write_text(new, encoding="utf-8")
-    draw(results["compare"]["curves"], ROOT / "docs" / "compare.png")
+    for section, picture in PICTURES.items():
+        if section in results:
+            draw(results[section]["curves"], ROOT / "docs" / picture)
 
 
 def draw(curves, path):
-    """Learning curves of the four modes: the mean over seeds, and a band of one deviation."""
+    """Learning curves of the modes: the mean over seeds, and a band of one deviation."""
     figure = report.new_figure(420)
     axis, ends = figure.subplots(), []
     for mode, color in report.COLORS.items():
+        if mode not in curves:
+            continue
         scores = np.array([[e["test"] for e in curve] for curve in curves[mode]])
         at = [e["iteration"] for e in curves[mode][0]]
         mean, sd = scores.mean(0), scores.std(0)
