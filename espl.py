@@ -1265,7 +1265,7 @@ def start_run(c):
         raise UserError(f"task {c.task} has no training problems; give it a --train-file")
     policy, chat = load_policy(c)
     reflector = None
-    if c.reflector not in ("reference", "current") and "://" not in c.reflector:
+    if c.mode != "rl" and not re.fullmatch("reference|current|.*://.*", c.reflector):
         reflector = load_policy(dataclasses.replace(c, model=c.reflector, lora_rank=0), frozen=True)
 
     clip = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []

@@ -2709,6 +2709,8 @@ def test_another_model_reflects(exam, run_of, tmp_path):
     assert policy.cfg.frozen and not jax.tree.leaves(policy.theta)
     mine, theirs = (read_lines(r, "reflections")[0] for r in (run_of("evolution"), run))
     assert mine["prompt"] == theirs["prompt"] and mine["reply"] != theirs["reply"]
+    argv = command(exam, tmp_path / "rl", "--mode", "rl", "--iterations", 1)
+    assert play([*argv, "--reflector", other]).reflector is None  # rl does not reflect
 
 
 # ---- What must not end a run, and what must
