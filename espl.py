@@ -968,7 +968,7 @@ SLOTS = {  # the sections of prompts_seed.txt, and the {slots} that each must co
     "system": ("principles",),
     "principles": (),
     "summarize": ("problem", "response", "grade", "answer"),
-    "critique": ("problem", "principles", "attempts", "answer"),
+    "critique": ("problem", "attempts", "answer"),
     "aggregate": ("principles", "suggestions"),
     "crossover": ("sets", "wins"),
 }

@@ -23,7 +23,7 @@ DEFAULTS = {
     "num_prompts": 2,
     "iterations": 12,
     "lora_rank": 16,
-    "learning_rate": 2e-4,
+    "learning_rate": 1e-4,
     "max_grad_norm": 1.0,
     "temperature": 1.0,
     "top_p": 1.0,
@@ -40,7 +40,7 @@ DEFAULTS = {
 PROMPTS = """
 [system]
 You work at the till of a shop. Reply to an order with one sum that ends with the total, and \
-nothing else, like this: 3 * 16 = 48
+nothing else, like this: 7 * 60 = 420
 
 Prices:
 {principles}
@@ -50,9 +50,6 @@ Prices:
 [summarize]
 
 [critique]
-Prices known so far:
-{principles}
-
 Cashiers tried:
 {attempts}
 
