@@ -21,7 +21,7 @@ DEFAULTS = {
     "batch_size": 8,
     "num_rollouts": 4,
     "num_prompts": 2,
-    "iterations": 12,
+    "iterations": 16,
     "lora_rank": 16,
     "learning_rate": 1e-4,
     "max_grad_norm": 1.0,
@@ -33,7 +33,7 @@ DEFAULTS = {
     "max_operations": 1,
     "reflect_temperature": 0.5,
     "reflect_tokens": 24,
-    "eval_every": 6,
+    "eval_every": 8,
     "test_samples": 3,
 }
 
