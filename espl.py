@@ -362,8 +362,8 @@ def sample_groups(run, jobs, split, iteration, theta=None):
     with timed(run, "grading"):
         answers = [(g.problem.record, final_text(y.text)) for g in groups for y in g.rollouts]
         grades = on_process_0(grade, run.task, answers)
-    for y, (reward, outcome) in zip(rollouts, grades):
-        y.reward, y.outcome = reward, outcome
+    for y, graded in zip(rollouts, grades):
+        y.reward, y.outcome = graded
     for g in groups:
         log = {"iteration": iteration, "split": split, "prompt": g.prompt.id}
         for y in g.rollouts:
@@ -1100,8 +1100,8 @@ def read_texts(own, prompts_file):
         found = re.findall(r"^\[(\w+)\][ \t]*$(.*?)(?=^\[\w+\][ \t]*$|\Z)", source, re.M | re.S)
         texts |= {name: body.strip() for name, body in found}
     for name, slots in SLOTS.items():
-        text = texts.get(name, "missing")
-        for slot in slots if text or name == "system" else ():
+        text = texts.get(name, "")
+        for slot in slots if text or name not in ("summarize", "aggregate") else ():
             if f"{{{slot}}}" not in text:
                 raise UserError(f"the prompts' section [{name}] lacks the slot {{{slot}}}; add it")
     return texts

@@ -1210,3 +1210,13 @@ def test_orders_agree_on_the_prices_that_the_seed_draws():
 def test_parse_of_shop(reply, prices):
     """Prices of goods that the shop does not have are left out."""
     assert shop.parse(reply) == [{"operation": "add", "principle": x} for x in prices]
+
+
+def test_the_price_list_that_is_shipped_is_mostly_right():
+    [prompt] = espl.read_population(TASKS.parent / "docs" / "populations" / "shop-0.json")
+    task = load_task("--task", "shop", "--seed", 0)
+    right = set()
+    for x in task.train:
+        number, thing = x.question.split()
+        right.add(f"{thing[:-1]}: {int(x.answer) // int(number)}")
+    assert len(right & {*prompt.principles}) >= 12
