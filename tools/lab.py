@@ -245,7 +245,8 @@ def read(curves, reading):
 
 
 def spread(values):
-    return f"{np.mean(values):.3f} +- {np.std(values, ddof=min(1, len(values) - 1)):.3f}"
+    deviation = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
 
 
 def markdown(head, rows):
@@ -372,7 +373,7 @@ def draw(curves, path):
         axis.plot(at, mean, color=color, linewidth=2.5 if mode == "espl" else 1.5)
         axis.fill_between(at, mean - sd, mean + sd, color=color, alpha=0.12, linewidth=0)
         ends.append((mean[-1], f" {DRAWN[mode]}, {mean[-1]:.0%}", color))
-    place = 0.0
+    place = -0.055
     for y, text, color in sorted(ends):
         place = max(y, place + 0.055)  # labels do not touch
         axis.annotate(text, (at[-1], place), color=color, va="center", annotation_clip=False)
