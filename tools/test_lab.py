@@ -19,12 +19,13 @@ import scipy.special
 import scipy.stats
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
-from test_espl import (
-    MEANS,  # noqa: F401  (one_device is a fixture)
+from test_espl import (  # noqa: F401  (one_device is a fixture)
+    MEANS,
     assert_close,
     hf_logits,
     logits,
     make_tiny_model,
+    one_device,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
