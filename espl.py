@@ -12,12 +12,12 @@ gradient, its system prompts by evolution: selection, TrueSkill ratings, reflect
 Algorithm 1, its lines counted from "Initialize S", and where they are in this file:
 
     line   what                                                        function             at line
-    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1261
+    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1262
     2      while not converged                                         train                  198
     3      sample problems x ~ D                                       next_problems          281
     4      select system prompts s_i from S by mu + lambda sigma       select                 423
     5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          340
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1190
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1191
     8      the advantages r_ij - V_i                                   set_advantages        376
     8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              790
     9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              754
@@ -365,8 +365,8 @@ def sample_groups(run, jobs, split, iteration, theta=None):
     for y, graded in zip(rollouts, grades):
         y.reward, y.outcome = graded
     for g in groups:
-        log = {"iteration": iteration, "split": split, "prompt": g.prompt.id}
         for y in g.rollouts:
+            log = {"iteration": iteration, "split": split, "prompt": g.prompt.id}
             log |= {"problem": g.problem.id, "reward": y.reward, "outcome": y.outcome}
             log |= {"stop": y.stop, "text": y.text, "tokens": len(y.tokens)}
             run.append("rollouts.jsonl", log)
@@ -807,7 +807,7 @@ def kl_estimators(logp, ref_logp, ratio):
     """Two terms per token for KL(pi_theta || pi_ref): one has its value, one has its gradient.
 
     k3 estimates the value. On samples of pi_theta its gradient is that of KL(pi_ref || pi_theta),
-    the other way round; k2 has the right one, off policy with the ratio. (Names by Schulman.)
+    the other way round. That of k2 is right, off policy weighted by the ratio. (Schulman's names.)
     """
     log_ratio = logp - ref_logp
     k3 = jnp.exp(-log_ratio) + log_ratio - 1
@@ -824,8 +824,8 @@ def kl_estimators(logp, ref_logp, ratio):
 def add_gradient(gradient, policy, batch, num_rollouts, objective):
     """Adds a microbatch's share of the gradient of -(J - beta KL), and returns sums for the log.
 
-    The batch's arrays are [B, T], see `fill_rows`. In XLA's other order a CPU would compute many
-    layers again at once, in several times the memory.
+    The batch's arrays are [B, T], see `fill_rows`. By XLA's default schedule a CPU would recompute
+    many layers at once, in several times the memory.
     """
     mask = batch["mask"]
     keep = linears_fit(policy, mask.size)
@@ -1100,9 +1100,10 @@ def read_texts(own, prompts_file):
         found = re.findall(r"^\[(\w+)\][ \t]*$(.*?)(?=^\[\w+\][ \t]*$|\Z)", source, re.M | re.S)
         texts |= {name: body.strip() for name, body in found}
     for name, slots in SLOTS.items():
-        text = texts.get(name, "")
-        for slot in slots if text or name not in ("summarize", "aggregate") else ():
-            if f"{{{slot}}}" not in text:
+        if name in ("summarize", "aggregate") and texts.get(name) == "":
+            continue  # `ask` does not make such a request
+        for slot in slots:
+            if f"{{{slot}}}" not in texts.get(name, ""):
                 raise UserError(f"the prompts' section [{name}] lacks the slot {{{slot}}}; add it")
     return texts
 
@@ -1327,7 +1328,7 @@ def ask(run, iteration, calls, request, slots):
     """The `ask` of a Tournament: the reflector's replies to a request, all in one batch."""
     c, template = run.config, run.task.texts[request]
     policy, chat = run.reflector or (run.policy, run.chat)
-    if not template:  # an empty section: a response is its own summary, proposals need no edits
+    if not template:  # a response is its own summary; proposals are applied as they are
         return [d.get("response", "[]") for d in slots]
     calls[request] += 1
     seed = run.seed(f"{request}/{calls[request]}/{iteration}")
@@ -2482,7 +2483,8 @@ def stop_tokens(directory, chat):
     turn = chat.render(("user", "question"), ("assistant", "answer"))
     if end := chat.special.match(turn.rpartition("answer")[2]):
         ends.append(chat.tokenizer.convert_tokens_to_ids(end[0]))
-    if not (ends := {*ends} - {None}):
+    ends = {*ends} - {None}
+    if not ends:
         raise UserError(f"{directory} has no end-of-sequence token; set eos_token_id")
     return tuple(sorted(ends))
 

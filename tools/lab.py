@@ -126,7 +126,8 @@ def directory_of(name, seed, out):
 
 def more_flags(name, seed, out):
     """The flags of a row that depend on the seed and on other rows' runs."""
-    ours, another_world = directory_of("espl", seed, out), f"--seed={seed + 1000}"
+    ours = directory_of("espl", seed, out)
+    another_world = f"--seed={seed + 1000}"
     if name == PERFECT:
         return ["--prompts-file", perfect_prompts(seed, out)]
     if name == LONGER:
@@ -290,7 +291,7 @@ def square_table(section):
         names = [f"{weights}, {prompt}" for prompt in ("root", "tested")]
         cells = [cell(section["curves"]["espl"], name) for name in names]
         lines.append([f"weights {weights} training", *cells])
-    return markdown(["test problems solved", "root prompt", "evolved prompt"], lines)
+    return markdown(["test problems solved", "root prompt", "tested prompt"], lines)
 
 
 def gains_table(section):
@@ -373,9 +374,9 @@ def draw(curves, path):
         axis.plot(at, mean, color=color, linewidth=2.5 if mode == "espl" else 1.5)
         axis.fill_between(at, mean - sd, mean + sd, color=color, alpha=0.12, linewidth=0)
         ends.append((mean[-1], f" {DRAWN[mode]}, {mean[-1]:.0%}", color))
-    place = -0.055
+    place, height = -1.0, 0.055  # of a label
     for y, text, color in sorted(ends):
-        place = max(y, place + 0.055)  # labels do not touch
+        place = max(y, place + height)  # labels do not touch
         axis.annotate(text, (at[-1], place), color=color, va="center", annotation_clip=False)
     axis.set(xlabel="iteration", ylabel="test problems solved", xlim=(0, at[-1]), ylim=(0, 1))
     figure.savefig(path)
