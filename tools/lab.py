@@ -266,10 +266,7 @@ def scores_table(section):
     lines = []
     for title, theirs in rows.items():
         line = [title, *(spread(read(theirs, reading)) for reading in READINGS)]
-        for reading in READINGS[:2]:
-            minus = np.subtract(read(curves["espl"], reading), read(theirs, reading))
-            mean, low, high = report.interval(minus)
-            line.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+        line += [difference(curves["espl"], theirs, reading) for reading in READINGS[:2]]
         spent = [list(c[-1].get("tokens", {}).values()) for c in theirs]
         line.append(" + ".join(f"{n / 1000:.0f}" for n in np.mean(spent, axis=0)))
         lines.append(line)
@@ -305,17 +302,25 @@ def gains_table(section):
     return markdown(["at the end, same seeds in every cell", *head], lines)
 
 
-def course_table(section):
-    """Test scores, and the KL if it was logged, at every evaluation."""
-    lines = []
-    for name, curves in section["curves"].items():
+def course_table(section, baseline=None):
+    """Test scores, and the KL if it was logged, at every evaluation; with a row as the baseline,
+    also the last score minus that row's."""
+    all_curves, lines = section["curves"], []
+    for name, curves in all_curves.items():
         line = [name]
         for evaluations in zip(*curves):
             kl = [e["kl"] for e in evaluations if "kl" in e]
             cell = spread([e["test"] for e in evaluations])
             line.append(f"{cell}, KL {np.mean(kl):.3g}" if kl else cell)
+        if baseline:
+            line.append(difference(curves, all_curves[baseline], "final"))
         lines.append(line)
-    return markdown(["iteration", *(str(e["iteration"]) for e in curves[0])], lines)
+    head = ["iteration", *(str(e["iteration"]) for e in curves[0])]
+    return markdown(head + [f"final, minus {baseline}"] * bool(baseline), lines)
+
+
+def difference(ours, theirs, reading):
+    return report.interval_text(np.subtract(read(ours, reading), read(theirs, reading)), "+")
 
 
 def ratings_table(section):
@@ -337,9 +342,9 @@ TABLES = {  # name: section of the results, function
     "shop": ("shop", scores_table),
     "shop_course": ("shop", course_table),
     "shop_cells": ("shop", square_table),
-    "shift": ("shift", course_table),
-    "plasticity": ("plasticity", course_table),
-    "kl": ("kl", course_table),
+    "shift": ("shift", partial(course_table, baseline=SHIFT[0])),
+    "plasticity": ("plasticity", partial(course_table, baseline=[*PLASTICITY][0])),
+    "kl": ("kl", partial(course_table, baseline="rl")),
 }
 
 
