@@ -1,6 +1,6 @@
 """Whether a run fits, and what it costs, before anything is rented: espl.py on absent devices.
 
-    python tools/plan.py                                          # the table in README
+    python tools/plan.py                                          # the table in docs/scaling.md
     python tools/plan.py --model Qwen3-1.7B --devices H100:1      # memory, step by step
     python tools/plan.py --model DIR --devices v5e:4x4 --model-parallel 8 --lora-rank 0
     python tools/plan.py --model Qwen3-1.7B --devices H100:1 --queue       # time, on paper
