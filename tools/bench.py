@@ -10,8 +10,8 @@ The workload: --samples responses to each of --prompts random prompts, of --prom
 give or take a half. One token in 128 ends a response, so that lengths are geometric, at most
 --new-tokens. Then an update on as many rollouts of --prompt-tokens and half of --new-tokens tokens.
 Both sides take turns, --runs times after one turn that compiles. Shown are medians, and the median
-of the turns' ratios. A prompt's tokens count once for each response in an update, and do not count in
-sampling.
+of the turns' ratios. A prompt's tokens count once for each response in an update, and do not count
+in sampling.
 """
 
 import json

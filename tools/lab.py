@@ -197,15 +197,20 @@ def finished_run(name, flags, out, seed):
 
 
 def curve_of(directory):
-    """The evaluations of a run, the last with its 2 x 2 table and the table's gains."""
-    run, tokens, curve = report.read_run(directory), Counter(), []
+    """The evaluations of a run, the last with its 2 x 2 table and the table's gains. The KL is the
+    mean over the iterations since the evaluation before."""
+    run, tokens, kl, curve = report.read_run(directory), Counter(), [], []
     for m in run.metrics:
         tokens.update(m["tokens"])
+        if m.get("kl") is not None:
+            kl.append(m["kl"])
         if "test" in m:
-            keep = ("iteration", "val", "test", "kl")
-            point = {name: m[name] for name in keep if m.get(name) is not None}
+            point = {name: m[name] for name in ("iteration", "val", "test") if name in m}
+            if kl:
+                point["kl"] = float(np.mean(kl))
             spent = {kind: tokens[kind] for kind in ("rollouts", "reflections")}
             curve.append(point | {"prompt": m["tested_prompt"], "tokens": spent})
+            kl = []
     cells = report.table_of(run.metrics)
     curve[-1]["table"] = {name: float(scores.mean()) for name, scores in cells.items()}
     return curve

@@ -109,6 +109,18 @@ def test_the_course_of_runs():
     assert found["rl"][-1] == "+0.000 (+0.000 to +0.000)"
 
 
+def test_the_kl_of_a_curve_is_the_mean_since_the_evaluation_before(tmp_path):
+    evaluation = {"test": 0.5, "tested_prompt": 0}
+    lines = [evaluation, {"kl": 0.1}, {"kl": None}, {"kl": 0.3} | evaluation, {"kl": 0.7}]
+    lines.append({"kl": 0.5, "table": {"before, root": [0.0]}} | evaluation)
+    common = {"tokens": {"rollouts": 1}}
+    text = "".join(json.dumps({"iteration": i} | common | x) + "\n" for i, x in enumerate(lines))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(espl.Config())))
+    curve = lab.curve_of(tmp_path)
+    assert [point.get("kl") for point in curve] == [None, pytest.approx(0.2), pytest.approx(0.6)]
+
+
 def test_rows():
     assert lab.varied("a_b=1,2 c=x,y") == {
         "a_b=1 c=x": ["--a-b=1", "--c=x"],
