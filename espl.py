@@ -9,22 +9,23 @@ gradient, its system prompts by evolution: selection, TrueSkill ratings, reflect
     python espl.py --train-file train.jsonl --test-file test.jsonl --model DIR
     python espl.py --resume runs/aime-espl-20260214-120000
 
-Algorithm 1, its lines counted from "Initialize S", and where they are in this file:
+Algorithm 1, its lines counted from "Initialize S" without "end for", and where they are here:
 
     line   what                                                        function             at line
-    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1262
-    2      while not converged                                         train                  198
-    3      sample problems x ~ D                                       next_problems          281
-    4      select system prompts s_i from S by mu + lambda sigma       select                 423
-    5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          340
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1191
-    8      the advantages r_ij - V_i                                   set_advantages        376
-    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              790
-    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              754
-    10-12  rank the s_i by V_i; TrueSkill.update; k <- argmax_i V_i    update_ratings        442
-    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 516
-    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              460
-    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              561
+    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1270
+    2      while not converged                                         train                  199
+    3      sample problems x ~ D                                       next_problems          282
+    4      select system prompts s_i from S by mu + lambda sigma       select                 426
+    5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          341
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1199
+    8      the advantages r_ij - V_i                                   set_advantages        377
+    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              797
+    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              760
+    10-11  rank the s_i by V_i; TrueSkill.update                       update_ratings        446
+    12     k <- argmax_i V_i                                           argmax                421
+    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 520
+    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              464
+    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              565
 
 Sections: 2 flags, 3 Algorithm 1, 4 evolution, 5 RL update, 6 tasks and words, 7 a run; then the
 engine, which a reader of the paper need not open: 8 sampling, 9 the model and its weights.
@@ -37,7 +38,7 @@ dim, D model dim, F feed-forward dim, V vocabulary.
 
 Where this file departs from the paper, and why:
  1. Selection takes the highest score plus random others, the paper's simplified strategy;
-    --selection softmax is line 4 as printed.
+    --selection softmax is line 4 as printed, without replacement.
  2. A child's sigma is sqrt(sigma^2 + dsigma^2), as in the appendix and in Algorithm 2.
  3. Prompts next to each other in the ranking tie if their V_i differ by at most 0.01. The seed
     decides between equal batch winners.
@@ -45,8 +46,8 @@ Where this file departs from the paper, and why:
     reports, and its questions leave the training set. The paper's figures are maxima over test
     evaluations.
  5. The gradient of the KL term is that of the KL over the next token, given the sampled prefix.
- 6. Each parent of a crossover, the batch winner among them, strictly won a problem, as in the
-    authors' code. Crossover is therefore rarer than p_crossover.
+ 6. Crossover's parents, from which mu' and sigma' come, are the prompts that strictly won a
+    problem; the batch winner must be one, as in the authors' code. So it is rarer than p_crossover.
  7. Prompts are ranked by V_i over the whole batch; the advantage's baseline is V[i,b].
 docs/released_code.md compares this file with the code that the authors released.
 """
@@ -111,7 +112,7 @@ PATHS = "train_file test_file prompts_file population model reflector run_dir"
 
 
 def flag(default, text, group="", low=0, high=math.inf, choices=""):
-    """A field of Config: its default, help text, bounds or choices; group heads a new group."""
+    """A field of Config: its default, help text, bounds, choices; group starts a part of --help."""
     metadata = {"text": text, "group": group, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
 
@@ -120,7 +121,9 @@ def flag(default, text, group="", low=0, high=math.inf, choices=""):
 class Config:
     """Everything that decides a run. Each field is a flag: batch_size is --batch-size."""
 
-    task: str = flag("", "NAME or NAME:ARGUMENT of tasks/NAME.py, or a path; '': glyphs", "Task")
+    task: str = flag(
+        "", "NAME[:ARGUMENT] of tasks/NAME.py, or a path; '': glyphs, or mathematics", "Task"
+    )
     train_file: str = flag("", "JSONL of training problems, instead of the task's")
     test_file: str = flag("", "JSONL of test problems, instead of the task's")
     train_size: int = flag(256, "most training problems, validation included", low=1)
@@ -145,9 +148,7 @@ class Config:
     learning_rate: float = flag(4e-5, "Adam's; betas (0.9, 0.95), eps 1e-8", "RL update")
     loss: str = flag("importance_sampling", "surrogate for J", choices=LOSSES)
     baseline: str = flag("prompt", "V[i,b], or mean over prompts", choices="prompt marginal")
-    clip: float = flag(
-        0.2, "of ppo and cispo: ratios in 1 +- this (with top-p 1 - top_p or more)", high=1
-    )
+    clip: float = flag(0.2, "ppo, cispo: clip ratios to 1 +- this, at least 1 - top_p", high=1)
     kl_coef: float = flag(0.0, "beta, weight of KL(pi_theta || pi_ref)")
     max_grad_norm: float = flag(0.0, "clip the gradient's global norm (0: off)")
     mask_truncated: bool = flag(False, "do not train on responses cut at the limit")
@@ -213,7 +214,7 @@ def train(run):
         if iteration % c.eval_every == 0 or iteration == last:
             metrics |= evaluate(run, iteration, last=iteration == last)
         write_logs(run, metrics)
-        print_line(run, metrics)
+        print_line(metrics)
         if iteration % c.save_every == 0 or "test" in metrics:
             save_checkpoint(run, metrics)
 
@@ -239,14 +240,14 @@ def espl_iteration(run, iteration):
     # Lines 8-9. From here on the state changes; an interruption resumes from the last checkpoint.
     if c.mode in ("espl", "rl"):
         with timed(run, "update"):
-            num_rollouts = c.num_prompts * c.num_rollouts * len(problems)
-            metrics |= rl_update(run.trainer, set_advantages(groups, c), num_rollouts)
+            total = sum(n for *_, n in jobs)
+            metrics |= rl_update(run.trainer, set_advantages(groups, c), total)
 
     if c.mode != "rl":
         update_ratings(prompts, values, iteration)  # lines 10-11
         best = argmax(values, rng)  # line 12
-        replies = partial(ask, run, iteration, Counter())
-        tournament = Tournament(prompts, groups, best, replies, run.task.parse, c)
+        ask_reflector = partial(ask, run, iteration, Counter())
+        tournament = Tournament(prompts, groups, best, ask_reflector, run.task.parse, c)
         with timed(run, "reflect"):
             metrics |= breed(run, tournament, iteration, rng)  # lines 13-21
     return metrics
@@ -394,7 +395,9 @@ def set_advantages(groups, c):
 # ==================================================================================================
 # 4. Evolution: the population of system prompts, its ratings, and the operators. No JAX in here.
 
-MAX_POOL_SIZE = 200  # the paper's S: only this many of the newest prompts are selected or tested
+MAX_POOL_SIZE = (
+    200  # of the authors' commands: only this many of the newest prompts are selected or tested
+)
 MAX_PRINCIPLE_LENGTH = 768  # characters; the reflector is asked for 32 words
 
 
@@ -427,8 +430,9 @@ def select(population, c, rng):
     scores = {s.id: s.mu + c.ucb_lambda * s.sigma for s in window}  # acquisition scores
     match c.selection:
         case "top_random":  # section Selection: the highest score, and random others
-            window.sort(key=lambda s: s.id != max(scores, key=scores.get))
-        case "softmax":  # p_i ~ exp(score / T) without replacement, by the Gumbel-max trick
+            top = max(scores, key=scores.get)
+            window.sort(key=lambda s: s.id != top)
+        case "softmax":  # p_i ~ exp(score / T) without replacement, by the Gumbel-top-k trick
             T = c.selection_temperature
             window.sort(key=lambda s: -scores[s.id] / T - rng.gumbel())
         case "ucb":
@@ -444,7 +448,7 @@ def update_ratings(prompts, values, iteration):
 
     Neighbours in the ranking within 0.01 tie. A prompt that competes alone keeps its rating.
     """
-    ranking = sorted(zip(prompts, values), key=lambda pair: (-pair[1], pair[0].id))
+    ranking = sorted(zip(prompts, values), key=lambda pair: -pair[1])
     ranks = [0]
     for (_, better), (_, worse) in zip(ranking, ranking[1:]):
         ranks.append(ranks[-1] + (better - worse > 0.01 + 1e-9))
@@ -574,11 +578,11 @@ def crossover(r):
     if len(wins) < 2 or r.best not in wins:
         raise NoChild("fewer than two prompts, or not the batch winner, strictly won a problem")
 
-    sets, won, problems = [], [], [g.problem for g in r.groups[0]]
+    sets, texts, problems = [], [], [g.problem for g in r.groups[0]]
     for i, letter in zip(wins, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"):  # the batch winner is set A
         sets.append(f"Set {letter}:\n{listing(numbered(r.prompts[i].principles, letter + '.'))}")
-        won += [f"Problem {b} (won by set {letter}):\n{problems[b].question}" for b in wins[i]]
-    slots = {"sets": "\n\n".join(sets), "wins": "\n\n".join(won)}
+        texts += [f"Problem {b} (won by set {letter}):\n{problems[b].question}" for b in wins[i]]
+    slots = {"sets": "\n\n".join(sets), "wins": "\n\n".join(texts)}
     [edits] = r.ask_for_edits("crossover", [slots])
     if edits is None:
         raise NoChild("the reply was unreadable")
@@ -610,16 +614,16 @@ def one_line(text):
 
 
 def critique_slots(group, summaries, c):
-    """Slots of a critique request: one problem, with grade and summary of each rollout."""
+    """Slots of a critique request: one problem, with each rollout's grade and the next summary."""
     attempts = [
-        f"Attempt {j} ({y.grade}):\n{next(summaries) or '(no summary)'}"
-        for j, y in enumerate(group.rollouts, 1)
+        f"Attempt {j} ({y.grade}):\n{summary or '(no summary)'}"
+        for j, (y, summary) in enumerate(zip(group.rollouts, summaries), 1)
     ]
     slots = {"attempts": "\n\n".join(attempts), "max_operations": str(c.max_operations)}
     return group.slots() | slots
 
 
-# ---- Edits: what a reflection changes. Each replaces the principles it names by a text or nothing.
+# ---- Edits: what a reflection changes. Each replaces the principles it names, or removes one.
 
 
 def parse_edits(reply):
@@ -656,7 +660,7 @@ def edits_in(value):
 def named_by(edit):
     """The ids that an edit replaces. They may stand in brackets, as in the listing."""
     fields = {"modify": "modified_from", "remove": "remove_id", "merge": "merged_from"}
-    ids = edit.get(fields.get(edit["operation"]), [])
+    ids = edit.get(fields.get(edit["operation"]), [])  # add: none
     return [str(i).strip("[] ") for i in (ids if isinstance(ids, list) else [ids])]
 
 
@@ -665,8 +669,8 @@ def fault(edit, kinds, ids, problems, c):
     kind = edit["operation"]
     if kind not in kinds:
         return "unknown operation"
-    named = {*named_by(edit)}
-    if not named <= {*ids} or len(named) < {"add": 0, "merge": 2}.get(kind, 1):
+    named, fewest = {*named_by(edit)}, {"add": 0, "merge": 2}.get(kind, 1)
+    if len(named) < fewest or not named <= {*ids}:
         return "unknown id"
     if kind == "remove":
         return ""
@@ -689,15 +693,15 @@ def accepted(edit, kinds, ids, problems, r):
 
 
 def leaks(principle, problem):
-    """Whether a principle says a problem's words in a row (twelve of a long one), or its answer."""
+    """Whether a principle has twelve words of a problem in a row (or all), or its answer."""
     said, words = (re.findall(r"\w+", x.lower()) for x in (principle, problem.question))
     size = max(6, min(12, len(words)))  # fewer words are too common to be recognised
     parts = {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
     if any(tuple(said[i : i + size]) in parts for i in range(len(said))):
         return True
     for answer in ("".join(a.split()) for a in problem.answers):
-        if re.fullmatch(r"-?\d[\d,.]*", answer):  # a number of three digits or more
-            whole = rf"(?<![\d.]){re.escape(answer)}(?!\d|\.\d)"
+        if re.fullmatch(r"-?\d[\d,.]*", answer):
+            whole = rf"(?<![\d.]){re.escape(answer)}(?!\d|\.\d)"  # with three digits or more
             if len(re.sub(r"\D", "", answer)) > 2 and re.search(whole, principle):
                 return True
         elif len(answer) > 5 and answer in "".join(principle.split()):
@@ -710,22 +714,24 @@ def apply_edits(principles, edits, kinds, problems, r):
     result = dict(principles)
     for n, edit in enumerate(edits):
         if accepted(edit, kinds, result, problems, r):  # ids as earlier edits left them
-            place, *merged = dict.fromkeys(named_by(edit) or [f"added {n}"])
-            result[place] = one_line(edit["principle"]) if edit["operation"] != "remove" else ""
+            first, *merged = dict.fromkeys(named_by(edit) or [f"added {n}"])
+            result[first] = one_line(edit["principle"]) if edit["operation"] != "remove" else ""
             result = {i: text for i, text in result.items() if text and i not in merged}
     unique = {}
     for text in result.values():  # the first of texts that differ only in case
         unique.setdefault(text.casefold(), text)
-    return list(unique.values())[: r.config.max_principles]
+    texts, most = list(unique.values()), r.config.max_principles
+    r.dropped["beyond --max-principles"] += len(texts[most:])
+    return texts[:most]
 
 
 # ==================================================================================================
-# 5. RL update: maximises J - beta KL(pi_theta || pi_ref), where J is the sum over all rollouts of
-#    sum_t f(log pi_theta(y_t | ...), A) / (N M B), f is `surrogate` and B, here, counts problems.
+# 5. RL update: maximises J - beta KL(pi_theta || pi_ref), where J is the mean over all rollouts of
+#    sum_t f(log pi_theta(y_t | ...), A), and f is `surrogate`.
 
 LOGITS_BLOCK = 128  # tokens whose logits are computed at a time
 PACKED_LENGTHS = (128, 256, 384, 512, 1024, 1536)  # of rows that several responses may share
-BATCH_FIELDS = {
+BATCH_FIELDS = {  # of a token of a batch, as a numpy dtype
     "names": ["token", "position", "segment", "target", "mask", "behaviour", "advantage"],
     "formats": ["i4", "i4", "i4", "i4", "?", "f4", "f4"],
 }
@@ -751,13 +757,13 @@ class Trainer:
     max_tokens: int = 4096  # of a microbatch
 
 
-def rl_update(trainer, rollouts, num_rollouts):
+def rl_update(trainer, rollouts, total):
     """One policy-gradient step (Alg. 1, line 9). Changes the trainer and returns metrics.
 
-    num_rollouts is N M B; it counts the rollouts that a zero advantage left out. Without rollouts
-    to train on no step is made. They come from the current weights, but the sampler divides by the
-    mass of the nucleus: up to rounding that mass, in [top_p, 1], is the importance ratio. A second
-    epoch only needs another call, except with reinforce, which has no ratio.
+    total counts all sampled rollouts, those left out too. Without any to train on no step is made.
+    They come from the current weights, so up to rounding the importance ratio is the mass of the
+    sampler's nucleus, in [top_p, 1]. Another call makes another step with the same rollouts, but
+    not with reinforce, which has no ratio.
     """
     policy, objective = trainer.policy, trainer.objective
     rollouts = [y for y in rollouts if y.tokens]
@@ -768,10 +774,11 @@ def rl_update(trainer, rollouts, num_rollouts):
     found = []
     for batch in progress(batches, desc="updating"):
         batch = {name: put(x, policy.mesh, P("data")) for name, x in batch.items()}
-        gradient, metrics = add_gradient(gradient, policy, batch, num_rollouts, objective)
+        gradient, metrics = add_gradient(gradient, policy, batch, total, objective)
         found.append(metrics)
-    trained = trainer.optimizer, policy.theta, trainer.opt_state
-    policy.theta, trainer.opt_state, norm = adam_step(*trained, gradient)
+    policy.theta, trainer.opt_state, norm = adam_step(
+        trainer.optimizer, policy.theta, trainer.opt_state, gradient
+    )
     sums = {name: float(sum(m[name] for m in found)) for name in found[0]}
     tokens = sums["tokens"]
     return {
@@ -821,7 +828,7 @@ def kl_estimators(logp, ref_logp, ratio):
     donate_argnames="gradient",
     compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
 )
-def add_gradient(gradient, policy, batch, num_rollouts, objective):
+def add_gradient(gradient, policy, batch, total, objective):
     """Adds a microbatch's share of the gradient of -(J - beta KL), and returns sums for the log.
 
     The batch's arrays are [B, T], see `fill_rows`. By XLA's default schedule a CPU would recompute
@@ -843,8 +850,8 @@ def add_gradient(gradient, policy, batch, num_rollouts, objective):
             ref_logp, _ = jax.lax.stop_gradient(logprobs(policy.theta_ref))
             kl, penalty = kl_estimators(logp, ref_logp, ratio)
         # The reported loss contains the KL's value; the trained one the term with its gradient.
-        reported = -(term - objective.kl_coef * kl) / num_rollouts
-        trained = -(term - objective.kl_coef * penalty) / num_rollouts
+        reported = -(term - objective.kl_coef * kl) / total
+        trained = -(term - objective.kl_coef * penalty) / total
         terms = {"loss": reported, "entropy": entropy, "kl": kl, "ratio": ratio, "tokens": mask}
         metrics = {name: jnp.sum(x, where=mask) for name, x in terms.items()}
         metrics["ratio_max"] = jnp.max(ratio, where=mask, initial=0.0)
@@ -874,14 +881,15 @@ def token_logprobs(model, hidden_BTD, target_BT, mask_BT, temperature):
     # The devices share the tokens of each block.
     blocks = [constrain(x.reshape(-1, size, *x.shape[1:]), None, "data") for x in tokens]
 
-    def logprobs(hidden, target, _):
+    def logprobs(hidden, target):
         logp = jax.nn.log_softmax(model.logits(hidden) / temperature)
         chosen = jnp.take_along_axis(logp, target[:, None], -1)[:, 0]
         return chosen, -jnp.sum(jnp.exp(logp) * logp, -1)
 
     @jax.checkpoint
     def block(x):
-        return jax.lax.cond(x[2][0], logprobs, lambda *_: (jnp.zeros(size),) * 2, *x)
+        hidden, target, mask = x  # sorted: the first token is masked only if all are
+        return jax.lax.cond(mask[0], logprobs, lambda *_: (jnp.zeros(size),) * 2, hidden, target)
 
     out = jax.lax.map(block, blocks)
     return tuple(x.reshape(-1)[jnp.argsort(order)].reshape(target_BT.shape) for x in out)
@@ -951,8 +959,8 @@ def fill_rows(rows, shape, segments):
             inputs = [last, *y.tokens[:-1]]
             for j, logp in enumerate(y.logprobs):
                 sampled = (0, 0) if logp is None else (1, logp)
-                place = len(prompt) + j
-                columns.append((inputs[j], place, i, y.tokens[j], *sampled, y.advantage))
+                position = len(prompt) + j
+                columns.append((inputs[j], position, i, y.tokens[j], *sampled, y.advantage))
         table[b, : len(columns)] = columns
     batch = {name: table[name] for name in table.dtype.names}
     if not segments:
@@ -1191,8 +1199,8 @@ def final_text(text):
 def grade(task, answers):
     """(reward, outcome) of each (problem's record, final text of a response); Alg. 1, line 7.
 
-    A reward within 1e-6 of a whole number is rounded. A reward that fails counts as 0 with the
-    outcome "error", and the run goes on.
+    A reward within 1e-6 of a whole number is rounded. If the task's function raises, the reward is
+    0 with the outcome "error", and the run goes on.
     """
     grades, failure = [], ""
     for record, text in answers:
@@ -1240,7 +1248,7 @@ class Run:
         return Path(self.config.run_dir)
 
     def seed(self, purpose):
-        """The seed of one use of randomness. A resumed run makes the same generators anew."""
+        """The seed of one use of randomness. A resumed run makes the same generators again."""
         return self.config.seed, zlib.crc32(purpose.encode())
 
     def append(self, file, record):
@@ -1328,9 +1336,9 @@ def ask(run, iteration, calls, request, slots):
     """The `ask` of a Tournament: the reflector's replies to a request, all in one batch."""
     c, template = run.config, run.task.texts[request]
     policy, chat = run.reflector or (run.policy, run.chat)
-    if not template:  # a response is its own summary; proposals are applied as they are
+    if not template:  # a response is its own summary; added principles stay as they are
         return [d.get("response", "[]") for d in slots]
-    calls[request] += 1
+    calls[request] += 1  # a repeated request has another seed
     seed = run.seed(f"{request}/{calls[request]}/{iteration}")
     slots = [{name: chat.clean(text) for name, text in d.items()} for d in slots]
     if "://" in c.reflector:
@@ -1410,19 +1418,16 @@ def evaluate(run, iteration, last=False):
     At the end also a table of the test problems' scores for {weights before, after training} x
     {root, tested prompt}, all with the same seeds.
     """
-    s = tested_prompt(run)
-    result = {"tested_prompt": s.id}
-    for split, problems in (("val", run.task.val), ("test", run.task.test)):
-        if problems:
-            scores = score(run, s, problems, split, iteration)
-            result[split] = float(np.mean(scores))
+    s, splits = tested_prompt(run), {"val": run.task.val, "test": run.task.test}
+    scores = {split: score(run, s, xs, split, iteration) for split, xs in splits.items() if xs}
+    result = {"tested_prompt": s.id} | {split: float(np.mean(v)) for split, v in scores.items()}
     if last:
         root, before, test = run.population[0], run.policy.theta_ref, run.task.test
         result["table"] = {
             "before, root": score(run, root, test, "test_before", iteration, before),
             "before, tested": score(run, s, test, "test_before", iteration, before),
             "after, root": score(run, root, test, "test_after", iteration),
-            "after, tested": scores,  # those of the test split, the last in the loop
+            "after, tested": scores["test"],
         }
     return result
 
@@ -1519,7 +1524,7 @@ def write_whole(path, value):
 
 
 def write_logs(run, metrics):
-    """The iteration's line of metrics.jsonl, and population.json."""
+    """The iteration's line of metrics.jsonl, and population.json. Adds tokens and seconds."""
     metrics |= {"tokens": run.tokens, "seconds": run.seconds}
     run.append("metrics.jsonl", metrics)
     if jax.process_index() == 0:
@@ -1614,7 +1619,7 @@ def announce(run):
     )
 
 
-def print_line(run, m):
+def print_line(m):
     """One line an iteration."""
     parts = [f"{m['iteration']:>4}"]
     if "values" in m:
@@ -1698,7 +1703,7 @@ def refuse(message):
 def main(argv):
     """The program. Returns its exit code: 0, 2 for bad input or too little memory, 130 stopped."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace", line_buffering=True)  # also for terminals without é
+        stream.reconfigure(errors="replace", line_buffering=True)  # some encodings lack letters
     jax.config.update("jax_enable_x64", False)  # whatever the environment says
     again = ""
     try:
@@ -1757,7 +1762,7 @@ class Sampling(NamedTuple):
 def generate(policy, theta, rollouts, sampling, environment=None):
     """Samples the rollouts' responses from pi_theta: fills in tokens, logprobs and stop.
 
-    environment(rollout), if given, is called whenever more of a response was sampled. It returns
+    environment(rollout), if given, is called after each DECODE_CHUNK tokens or fewer. It returns
     None to let it go on, a tool's reply (tokens) after which the model goes on, or [] to end it. It
     may cut tokens and logprobs off the response first.
 
@@ -1796,7 +1801,7 @@ def run_level(policy, theta, waiting, sampling, environment, bar):
             elif len(so_far(y)) > length:
                 outgrown.append(y)
             elif state == "replied":
-                waiting.append(y)
+                waiting.append(y)  # the reply must be prefilled
             else:
                 continue
             live[i] = None
@@ -1850,8 +1855,9 @@ def decode(policy, theta, cache, live, sampling):
             steps = min(y.room - len(y.tokens), length - position)
             rows[i] = so_far(y)[-1], position, steps, y.key
     *state, keys = zip(*rows)
-    state = *map(np.array, state), np.array(keys, np.uint32)
-    cache, *sampled = decode_chunk(policy, theta, cache, *state, *sampling[:2])
+    token, position, steps = np.array(state, np.int32)
+    key, how = np.array(keys, np.uint32), (sampling.temperature, sampling.top_p)
+    cache, *sampled = decode_chunk(policy, theta, cache, token, position, steps, key, *how)
     tokens, logprobs = map(np.asarray, sampled)
     return cache, list(zip(tokens.T, logprobs.T))
 
@@ -1933,7 +1939,7 @@ def write_prefixes(cache, keys_values, source_B):
     jax.jit,
     static_argnames="top_p",
     donate_argnames="cache",
-    compiler_options={"xla_gpu_dot_merger_threshold_mb": 0},  # merged q, k, v would be a copy
+    compiler_options={"xla_gpu_dot_merger_threshold_mb": 0},  # merging q, k, v would copy weights
 )
 def decode_chunk(policy, theta, cache, token_B, position_B, steps_B, key_B, temperature, top_p):
     """Up to DECODE_CHUNK steps for all rows; stops early when no row has steps left.
@@ -1996,7 +2002,7 @@ def nucleus(logits_BV, top_p):
     probs = jax.nn.softmax(logits_BV)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
-    def set_bit(i, threshold_B):  # the highest one such that tokens from it on have mass top_p
+    def set_bit(i, threshold_B):  # finds the largest above which tokens have mass top_p
         higher = threshold_B | (1 << (30 - i))
         remains = jnp.sum(probs, -1, where=bits >= higher[:, None])
         return jnp.where(remains >= top_p, higher, threshold_B)
@@ -2043,7 +2049,7 @@ class ModelConfig:
 
     @property
     def weight_dtype(self):
-        """Of all weights but the adapter's. Adam's steps of 4e-5 would vanish in bfloat16."""
+        """Of embeddings and Linears. Adam's steps of 4e-5 would vanish in bfloat16."""
         return self.dtype if self.lora_rank or self.frozen else "float32"
 
 
@@ -2123,7 +2129,7 @@ def sequence_attention(q_BTNH, k_BKTH, v_BKTH, place, window, cfg):
     The queries go in spans, each with the keys up to its end. In long sequences they go in blocks,
     recomputed one by one in the backward pass, so that [T, T] scores never exist.
     """
-    T, outs = q_BTNH.shape[1], []
+    T = q_BTNH.shape[1]
     if T > 1024:
         inputs = jax.tree.map(lambda x: jnp.stack(jnp.split(x, T // 512, 1)), (q_BTNH, place))
 
@@ -2132,6 +2138,7 @@ def sequence_attention(q_BTNH, k_BKTH, v_BKTH, place, window, cfg):
             return attention(block[0], k_BKTH, v_BKTH, block[1], place, window, cfg)
 
         return jnp.concatenate(jax.lax.map(attend, inputs), axis=1)
+    outs = []
     for start in range(0, T, 128):
         end = start + 128
         keys, values = k_BKTH[:, :, :end], v_BKTH[:, :, :end]
@@ -2366,19 +2373,19 @@ def device_memory():
 
 
 def linears_fit(policy, tokens):
-    """Whether a twelfth of the memory holds what all Linears compute for so many tokens, about."""
+    """Whether the outputs of all Linears for these tokens fit into about 1/12 of the memory."""
     cfg = policy.cfg
-    token = 2 * cfg.num_layers * (3 * cfg.model_dim + cfg.mlp_dim) * jnp.dtype(cfg.dtype).itemsize
-    return tokens * token < device_memory() * policy.mesh.size / 12
+    size = 2 * cfg.num_layers * (3 * cfg.model_dim + cfg.mlp_dim) * jnp.dtype(cfg.dtype).itemsize
+    return tokens * size < device_memory() * policy.mesh.size / 12
 
 
 def cache_tokens(cfg, mesh, held):
     """Tokens of cache for which there is memory beside `held` bytes, and room for other arrays."""
     free = device_memory() - held
-    token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
+    size = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
     whole = cfg.num_kv_heads % mesh.shape["model"] > 0  # such heads are on every device
     shards = mesh.shape["data"] if whole else mesh.size
-    return max(0, int(min(0.85 * free, free - 3e9) * shards / token))
+    return max(0, int(min(0.85 * free, free - 3e9) * shards / size))
 
 
 # ---- Directories in Hugging Face layout
@@ -2509,8 +2516,8 @@ def read_policy(directory, cfg, mesh, seed=0):
         return put(array.T if transposed else array, mesh, weight_spec(path))
 
     weights = jax.tree.map_with_path(load, shapes)
-    if set(tensors) - ({"lm_head.weight"} if cfg.tied else set()):  # some store it twice
-        raise UserError(f"{directory}: config.json implies no tensor {min(tensors)}")
+    if extra := set(tensors) - ({"lm_head.weight"} if cfg.tied else set()):  # some store it twice
+        raise UserError(f"{directory}: config.json implies no tensor {min(extra)}")
     model = nnx.merge(graphdef, adapter, weights)
     trained = nnx.LoRAParam if cfg.lora_rank else nnx.Nothing() if cfg.frozen else nnx.Param
     graphdef, theta, frozen = nnx.split(model, trained, ...)

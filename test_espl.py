@@ -2672,7 +2672,7 @@ def completion(request):
 def test_a_server_reflects(exam, run_of, server, tmp_path, capsys):
     """It fails from the second iteration on, which does not end the run."""
 
-    def print_line(run, m):
+    def print_line(m):
         if m["iteration"] == 1:
             server.answer = lambda request: (404, {"error": {"message": "gone"}})
 
@@ -2835,7 +2835,7 @@ def test_a_line_an_iteration(capsys):
     m = {"iteration": 49, "reward_mean": 0.86, "values": {24: 0.9}, "batch_winner": 26}
     m |= {"loss": 0.0, "grad_norm": 0.384, "entropy": 0.112, "seconds": {"a": 0.1, "b": 0.2}}
     m |= {"children": {"mutation": {"id": 28, "parents": [26]}}, "no_child": {"crossover": "none"}}
-    espl.print_line(None, m)
+    espl.print_line(m)
     parts = ("  49 |", "0.860", "0.38", "0.11", " 26 ", "28 from 26", "crossover: none", "0.3 s")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and all(part in out for part in parts)
