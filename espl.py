@@ -12,20 +12,20 @@ gradient, its system prompts by evolution: selection, TrueSkill ratings, reflect
 Algorithm 1, its lines counted from "Initialize S" without "end for", and where they are here:
 
     line   what                                                        function             at line
-    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1270
-    2      while not converged                                         train                  199
-    3      sample problems x ~ D                                       next_problems          282
-    4      select system prompts s_i from S by mu + lambda sigma       select                 426
-    5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          341
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1199
-    8      the advantages r_ij - V_i                                   set_advantages        377
-    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              797
-    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              760
-    10-11  rank the s_i by V_i; TrueSkill.update                       update_ratings        446
-    12     k <- argmax_i V_i                                           argmax                421
-    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 520
-    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              464
-    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              565
+    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1264
+    2      while not converged                                         train                  197
+    3      sample problems x ~ D                                       next_problems          280
+    4      select system prompts s_i from S by mu + lambda sigma       select                 422
+    5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          339
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1193
+    8      the advantages r_ij - V_i                                   set_advantages        375
+    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              790
+    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              754
+    10-11  rank the s_i by V_i; TrueSkill.update                       update_ratings        442
+    12     k <- argmax_i V_i                                           argmax                417
+    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 517
+    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              460
+    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              562
 
 Sections: 2 flags, 3 Algorithm 1, 4 evolution, 5 RL update, 6 tasks and words, 7 a run; then the
 engine, which a reader of the paper need not open: 8 sampling, 9 the model and its weights.
@@ -121,9 +121,7 @@ def flag(default, text, group="", low=0, high=math.inf, choices=""):
 class Config:
     """Everything that decides a run. Each field is a flag: batch_size is --batch-size."""
 
-    task: str = flag(
-        "", "NAME[:ARGUMENT] of tasks/NAME.py, or a path; '': glyphs, or mathematics", "Task"
-    )
+    task: str = flag("", "NAME or NAME:ARGUMENT of tasks/NAME.py, or a path; '': glyphs", "Task")
     train_file: str = flag("", "JSONL of training problems, instead of the task's")
     test_file: str = flag("", "JSONL of test problems, instead of the task's")
     train_size: int = flag(256, "most training problems, validation included", low=1)
@@ -395,9 +393,7 @@ def set_advantages(groups, c):
 # ==================================================================================================
 # 4. Evolution: the population of system prompts, its ratings, and the operators. No JAX in here.
 
-MAX_POOL_SIZE = (
-    200  # of the authors' commands: only this many of the newest prompts are selected or tested
-)
+MAX_POOL_SIZE = 200  # the authors'; only this many of the newest prompts are selected or tested
 MAX_PRINCIPLE_LENGTH = 768  # characters; the reflector is asked for 32 words
 
 
@@ -507,7 +503,8 @@ class Tournament:
 
     def ask_for_edits(self, request, slots):
         """Replies as lists of edits. An unreadable one is asked for once more, then it is None."""
-        edits = [self.parse(reply) for reply in self.ask(request, slots)]
+        replies = self.ask(request, slots)
+        edits = [[] if reply == "[]" else self.parse(reply) for reply in replies]
         again = [i for i, found in enumerate(edits) if found is None]
         if again and self.config.reflect_temperature > 0:
             replies = self.ask(request, [slots[i] for i in again])
@@ -592,7 +589,7 @@ def crossover(r):
 
 OPERATORS = {  # name: (operator, its chance in an iteration), drawn in this order
     "mutation": (mutate, lambda c: 1.0),
-    "crossover": (crossover, lambda c: 0.0 if c.mode == "reflection" else c.p_crossover),
+    "crossover": (crossover, lambda c: c.p_crossover),
 }
 
 
@@ -634,9 +631,8 @@ def parse_edits(reply):
     """
     import json_repair
 
-    text = final_text(reply)
-    fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
-    for block in [*reversed(fenced), text]:
+    fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", reply, re.S)
+    for block in [*reversed(fenced), reply]:
         whole = block[: block.rfind("}") + 1]
         # With a single backslash \frac is LaTeX, and not a form feed before "rac".
         whole = re.sub(r"(?<!\\)\\(?=[bfrt][a-zA-Z]|n(?:eq(?![a-z])|abla|u\b))", r"\\\\", whole)
@@ -645,7 +641,7 @@ def parse_edits(reply):
                 return edits
         if re.fullmatch(r"\s*\[\s*\]\s*", block):
             return []
-    return [] if re.search(r"\[\s*\]\W*\Z", text[-100:]) else None
+    return [] if re.search(r"\[\s*\]\W*\Z", reply[-100:]) else None
 
 
 def edits_in(value):
@@ -720,9 +716,7 @@ def apply_edits(principles, edits, kinds, problems, r):
     unique = {}
     for text in result.values():  # the first of texts that differ only in case
         unique.setdefault(text.casefold(), text)
-    texts, most = list(unique.values()), r.config.max_principles
-    r.dropped["beyond --max-principles"] += len(texts[most:])
-    return texts[:most]
+    return list(unique.values())[: r.config.max_principles]
 
 
 # ==================================================================================================
@@ -776,9 +770,8 @@ def rl_update(trainer, rollouts, total):
         batch = {name: put(x, policy.mesh, P("data")) for name, x in batch.items()}
         gradient, metrics = add_gradient(gradient, policy, batch, total, objective)
         found.append(metrics)
-    policy.theta, trainer.opt_state, norm = adam_step(
-        trainer.optimizer, policy.theta, trainer.opt_state, gradient
-    )
+    trained = trainer.optimizer, policy.theta, trainer.opt_state
+    policy.theta, trainer.opt_state, norm = adam_step(*trained, gradient)
     sums = {name: float(sum(m[name] for m in found)) for name in found[0]}
     tokens = sums["tokens"]
     return {
@@ -1024,8 +1017,9 @@ def task_module(task):
     if not path.is_file():
         raise UserError(f"--task {task}: there is no {path}; see {HERE / 'tasks'}")
     sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    name = f"task_{path.stem}"  # math.py must not replace Python's
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     with explained(f"cannot load {path}"):
         spec.loader.exec_module(module)
         module.reward  # noqa: B018  (an AttributeError if it has none)
@@ -1049,7 +1043,7 @@ def load_task(c):
     train = [train[i] for i in order[: c.train_size]]
     held_out = min(c.val_size, len(train) // 5)
     return Task(
-        name=module.__name__,
+        name=Path(module.__file__).stem,
         file=module.__file__,
         train=train[held_out:],
         val=train[:held_out],
@@ -1102,7 +1096,7 @@ def read_texts(own, prompts_file):
     with explained("cannot read the prompts"):
         sources = [(HERE / "prompts_seed.txt").read_text(encoding="utf-8"), own]
         if prompts_file:
-            sources.append(Path(prompts_file).read_text(encoding="utf-8"))
+            sources.append(Path(prompts_file).read_text(encoding="utf-8-sig"))
     texts = {}
     for source in sources:
         found = re.findall(r"^\[(\w+)\][ \t]*$(.*?)(?=^\[\w+\][ \t]*$|\Z)", source, re.M | re.S)
@@ -1286,7 +1280,7 @@ def start_run(c):
 
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.live_arrays())
     for p in (policy, reflector[0]) if reflector else (policy,):
-        p.cache_tokens = cache_tokens(p.cfg, p.mesh, held)
+        p.cache_tokens = on_process_0(cache_tokens, p.cfg, p.mesh, held)
 
     # Alg. 1, line 1
     population = read_population(c.population) if c.population else [SystemPrompt(0, task.root)]
@@ -1300,7 +1294,8 @@ def read_population(path):
     with explained(f"--population {path} is no list of prompts"):
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         population = [SystemPrompt(**entry | {"id": i}) for i, entry in enumerate(entries)]
-        if not population or any(isinstance(s.principles, str) for s in population):
+        texts = [text for s in population for text in s.principles + []]
+        if not population or not all(isinstance(text, str) for text in texts):
             raise ValueError("each entry needs a list `principles`")
         return population
 
@@ -1315,16 +1310,15 @@ def open_directory(run):
     with explained(f"cannot write --run-dir {run.directory}"):
         run.directory.mkdir(parents=True, exist_ok=True)
         run.lock = open(run.directory / "lock", "w")  # noqa: SIM115  (open while the run goes on)
-    with explained(f"another process is writing {run.directory}; wait for it, or stop it"):
+    with explained(f"another process is writing {run.directory}, or it cannot be locked"):
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     files = [HERE / "prompts_seed.txt", run.task.file, c.task_argument]
     files += [c.train_file, c.test_file, c.prompts_file]
-    files = [Path(f) for f in files if Path(f).is_file()]
-    hashes = [[str(f), zlib.crc32(f.read_bytes())] for f in files]
+    hashes = {str(f): zlib.crc32(Path(f).read_bytes()) for f in files if os.path.isfile(f)}
     config = run.directory / "config.json"
     if c.resume:
-        saved = json.loads(config.read_text())["files"]
-        for (_, old), (file, new) in zip(saved, hashes):
+        saved = json.loads(config.read_text())["files"].values()
+        for old, (file, new) in zip(saved, hashes.items()):
             if old != new:
                 raise UserError(f"{file} has changed since the run began; put it back to resume")
     elif config.is_file():
@@ -1368,7 +1362,7 @@ def fit_request(chat, template, slots, limit):
         text = slots[name]
         keep = int(0.45 * len(text) * limit / len(ids))  # at both ends
         slots[name] = f"{text[:keep]}\n[... cut ...]\n{text[-keep:]}"
-        if keep < 50 or len(slots[name]) >= len(text):
+        if keep < 100:
             raise NoChild(f"a request does not fit into {limit} tokens")
     return ids
 
@@ -1580,8 +1574,8 @@ def first_line(error):
 
 
 def say(text, file=None):
-    """Prints beside progress bars, on one process only. A screen that is gone ends no run."""
-    if jax.process_index() == 0:
+    """Prints beside progress bars; without a file on process 0 only. A lost screen ends no run."""
+    if file or jax.process_index() == 0:
         with contextlib.suppress(OSError, ValueError):
             tqdm.write(text, file or sys.stdout)
 
@@ -1656,6 +1650,8 @@ def parse_args(argv):
         text = f"{f.metadata['text']} (default: {f.default})".replace("%", "%%")
         group.add_argument(flag_name(f.name), help=text, **how)
     given = vars(parser.parse_args(argv))
+    if "epochs" in given:
+        given.setdefault("iterations", 0)
 
     saved = saved_flags(given) if "resume" in given else {}
     files = "train_file" in given or "test_file" in given
@@ -1668,8 +1664,10 @@ def parse_args(argv):
     with explained(f"task {task} has wrong DEFAULTS"):
         c = Config(**defaults | saved | given | {"task": task})
         for f in dataclasses.fields(c):
-            value, low, high = getattr(c, f.name), f.metadata["low"], f.metadata["high"]
-            if not isinstance(value, str) and not low <= value <= high:
+            value, (_, _, low, high, choices) = getattr(c, f.name), f.metadata.values()
+            if choices and value not in choices.split():
+                refuse(f"{flag_name(f.name)} {value}: must be one of {choices}")
+            if type(f.default) is not str and not low <= value <= high:
                 refuse(f"{flag_name(f.name)} {value}: must be from {low} to {high}")
     return c
 
@@ -1681,7 +1679,7 @@ def flag_name(field_name):
 
 def absolute(path):
     """The path from the root, if it is one, so that a run can be resumed from any folder."""
-    return str(Path(path).resolve()) if path and Path(path).exists() else path
+    return os.path.abspath(path) if os.path.exists(path) else path
 
 
 def saved_flags(given):
@@ -1722,7 +1720,7 @@ def main(argv):
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        flags = "--microbatch-tokens, --max-rows or --max-new-tokens"
+        flags = "--microbatch-tokens or --max-rows"
         say(f"espl: error: out of memory; lower {flags}{again}", sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -1855,9 +1853,8 @@ def decode(policy, theta, cache, live, sampling):
             steps = min(y.room - len(y.tokens), length - position)
             rows[i] = so_far(y)[-1], position, steps, y.key
     *state, keys = zip(*rows)
-    token, position, steps = np.array(state, np.int32)
-    key, how = np.array(keys, np.uint32), (sampling.temperature, sampling.top_p)
-    cache, *sampled = decode_chunk(policy, theta, cache, token, position, steps, key, *how)
+    state = *np.array(state, np.int32), np.array(keys, np.uint32)
+    cache, *sampled = decode_chunk(policy, theta, cache, *state, *sampling[:2])
     tokens, logprobs = map(np.asarray, sampled)
     return cache, list(zip(tokens.T, logprobs.T))
 
@@ -2453,6 +2450,8 @@ def read_model_config(directory, dtype="float32", lora_rank=0):
     kind, gemma = hf.model_type, hf.model_type.startswith("gemma")
     if kind not in FAMILIES.split() or getattr(whole, "quantization_config", None):
         raise UserError(f"{directory}: {kind} (or quantized) is not supported; use {FAMILIES}")
+    if (hf.hidden_activation if gemma else hf.hidden_act) not in ("silu", "gelu_pytorch_tanh"):
+        raise UserError(f"{directory}: its activation function is not supported")
     H = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     types = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     ropes = hf.rope_parameters  # for each type of layer, or one for all

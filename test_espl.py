@@ -1272,6 +1272,8 @@ YARN = {
         ("llama2", {"rope_parameters": YARN}, "'yarn'"),
         ("llama2", {"num_hidden_layers": "many"}, "config.json.*num_hidden_layers"),
         ("qwen3", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quanti"),
+        ("llama2", {"hidden_act": "gelu"}, "activation"),
+        ("gemma2", {"hidden_activation": "gelu"}, "activation"),
         ("gemma3-vision", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quanti"),
     ],
 )
@@ -1613,17 +1615,15 @@ LATEX = (
         (f"[{ADD}, {{'operation': 'add', 'principle': 'y'}}]", ["x", "y"]),
         (f'```json\n[{ADD}, {{"operation": "add", "principle": "cut of', ["x"]),
         (f'[{ADD}, {{"operation": "add", "principle": "cut of\\', ["x"]),
-        (f"<think>{FENCE.replace('x', 'z')}</think>{FENCE}", ["x"]),
         ('{"operations": [' + ADD + "]}", ["x"]),
         (FENCE + "\nNo: []", ["x"]),
         ("```json\n[]\n```", []),
         ("Nothing should change: [ ]\n", []),
-        ("<think>hm</think>\nSo **[]**.", []),
+        ("So **[]**.", []),
         ("We need [] to hold elements.", None),
         ('[{"principle": "x"}]', None),
-        (f"<think>{FENCE}</think>No change.", None),
-        (f"<think>{FENCE}", None),
-        (f"{FENCE}<think>but", None),
+        ("", None),
+        ("No change.", None),
     ],
 )
 def test_edits_are_read_as_carelessly_as_models_write_them(reply, principles):
@@ -1871,7 +1871,7 @@ def test_problems_that_a_mutation_reflects_on(flags, names):
         (["?", "?"], [], "(1 critiques unreadable)", 1),
         (["", json.dumps([remove("G0")])], [], "(0 critiques unreadable)", 0),
         ([f"[{ADD}]"], ["?", "```json\n[]\n```"], "['zero', 'one', 'x']", 0),
-        ([f"[{ADD}]"], ["?", "<think>[]"], "unreadable", 1),
+        ([f"[{ADD}]"], ["?", "[] or not"], "unreadable", 1),
         ([json.dumps([modify("G1", "1")])], ["[]"], "['zero', 'one']", 0),  # the plan decides
     ],
 )
@@ -1881,6 +1881,14 @@ def test_what_cannot_be_read_is_asked_for_once_more(critiques, plans, child, fai
     assert child in str(found) and dropped["unreadable reply"] == failed
     asked = [len(ask.asked[name]) for name in ("critique", "aggregate")]
     assert asked == [len(critiques), len(plans)]
+
+
+def test_an_empty_aggregate_section_needs_no_parser():
+    """`ask` returns "[]" for it, which a task's own grammar need not know."""
+    ask = Script(summarize=["s"] * 2, critique=["x"], aggregate=["[]"])
+    r = tournament(ask, [[graded(FOUR_PROBLEMS["a"], "a", PARENT)]])
+    r.parse = lambda reply: [{"operation": "add", "principle": reply}] if reply == "x" else None
+    assert espl.mutate(r)[0] == [*PARENT.principles, "x"]
 
 
 def test_only_the_unreadable_ones_are_asked_again():
@@ -1979,7 +1987,7 @@ def test_a_tasks_sections_replace_the_seeds_and_a_file_replaces_both(tmp_path):
     texts = espl.read_texts(own, "")
     assert texts["crossover"] == body and "{attempts}" in texts["critique"]
     assert task_saying(texts).root == ["one", "two"]
-    (tmp_path / "p.txt").write_text("[principles]\nthree")
+    (tmp_path / "p.txt").write_text("[principles]\nthree", encoding="utf-8-sig")
     changed = espl.read_texts(own, str(tmp_path / "p.txt"))
     assert changed == texts | {"principles": "three"}
 
@@ -2174,6 +2182,18 @@ def test_a_tasks_defaults_give_way_to_flags_and_it_reads_its_argument(tmp_path):
     c = espl.parse_args(["--task", f"{path}:chain:9", "--loss", "cispo", "--no-thinking"])
     assert (c.batch_size, c.loss, c.thinking, c.window) == (7, "cispo", False, 10)
     assert c.task_argument == "chain:9"
+    path.write_text("DEFAULTS = dict(iterations=5)\nreward = len")
+    assert espl.parse_args(["--task", str(path)]).iterations == 5
+    assert espl.parse_args(["--task", str(path), "--epochs=2"]).iterations == 0  # by epochs
+    both = espl.parse_args(["--task", str(path), "--epochs=2", "--iterations=3"])
+    assert both.iterations == 3
+
+
+def test_a_task_does_not_replace_a_module_of_pythons(tmp_path):
+    problems = "def problems(config): return [], [dict(problem='p', answer=1)]"
+    (tmp_path / "math.py").write_text(f"reward = len\n{problems}")
+    task = espl.load_task(espl.Config(task=str(tmp_path / "math.py")))
+    assert task.name == "math" and sys.modules["math"] is math
     assert espl.Config(task="gym").task_argument == ""
 
 
@@ -2764,12 +2784,16 @@ BAD_FILES = {
     "silent.jsonl": '{"problem": " ", "answer": 1}\n',
     "syntax.py": "def",
     "defaults.py": "reward = len\nDEFAULTS = dict(colour=1)",
+    "choice.py": "reward = len\nDEFAULTS = dict(selection='softmx')",
+    "type.py": "reward = len\nDEFAULTS = dict(iterations='60')",
     "texts.txt": "[critique]",
     "fails.py": "reward = len\ndef problems(config):\n    1 / 0",
     "none.py": "reward = len",
     "empty.json": "[]",
     "text.json": '[{"principles": "Sieve."}]',
     "field.json": '[{"principles": [], "colour": 1}]',
+    "number.json": '[{"principles": [1]}]',
+    "null.json": '[{"principles": null}]',
     "binary.txt": "\udcff\udcfe",
 }
 BAD_FLAGS = [
@@ -2786,11 +2810,15 @@ BAD_FLAGS = [
     ("--task glyph", "--task glyph: there is no .*glyph.py"),
     ("--task {d}/syntax.py", "cannot load .*syntax.py .*invalid syntax"),
     ("--task {d}/defaults.py", "defaults.py has wrong DEFAULTS .*colour"),
+    ("--task {d}/choice.py", "--selection softmx: must be one of top_random softmax"),
+    ("--task {d}/type.py", "type.py has wrong DEFAULTS"),
     ("--prompts-file {d}/texts.txt", r"\[critique\] lacks the slot"),
     ("--task {d}/fails.py", "fails.py has no problems .*division by zero"),
     ("--task {d}/none.py", "none.py has no test problems"),
     ("--population {d}/empty.json", "empty.json is no list of prompts"),
     ("--population {d}/text.json", "text.json is no list of prompts"),
+    ("--population {d}/number.json", "number.json is no list of prompts"),
+    ("--population {d}/null.json", "null.json is no list of prompts"),
     ("--population {d}/field.json", "field.json is no list of prompts .*colour"),
     ("--model nobody/nothing", "cannot get nobody/nothing"),
     ("--model {d}/gpt2", "gpt2.*llama"),
@@ -2931,7 +2959,7 @@ def test_espl_is_plain():
     ours = {path.stem for path in SOURCE.parent.rglob("*.py")}
     assert not {name.split(".")[0] for name in imported} & ours
     assert longest <= 50
-    assert tokens <= 18_900 and source.count("\n") <= 2_550
+    assert tokens <= 18_990 and source.count("\n") <= 2_560
 
 
 if __name__ == "__main__":

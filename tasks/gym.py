@@ -26,7 +26,7 @@ TEST_SIZE = 128
 GRADE_SECONDS = 5  # of time, for each answer
 GRADE_BYTES = 2 * 2**30  # of address space
 MAKE_SECONDS = 30  # until a new problem is there; else there are no more
-WORKER = []  # the process that made the problems, and grades
+WORKER = []  # the process that made the problems and grades, and what it was started with
 
 PROMPTS = """
 [system]
@@ -46,7 +46,16 @@ def problems(config):
     if config.train_file or config.test_file:
         raise ValueError("gym makes its own problems; leave out --train-file and --test-file")
     seed = config.seed % 1024 * 2**21
-    wanted = [config.task_argument or "chain_sum", seed, config.train_size, TEST_SIZE]
+    made = start([config.task_argument or "chain_sum", seed, config.train_size, TEST_SIZE])
+    if "error" in made:
+        raise ValueError(made["error"])
+    if made["note"]:
+        print("espl: note:", made["note"], file=sys.stderr)
+    return made["train"], made["test"]
+
+
+def start(wanted):
+    """Starts the process that makes the problems and grades. Returns its first reply."""
     worker = subprocess.Popen(
         [sys.executable, "-P", __file__, json.dumps(wanted)],
         text=True,
@@ -54,13 +63,8 @@ def problems(config):
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONHASHSEED": "0"},
     )
-    WORKER[:] = [worker]
-    made = json.loads(worker.stdout.readline() or '{"error": "the process ended"}')
-    if "error" in made:
-        raise ValueError(made["error"])
-    if made["note"]:
-        print("espl: note:", made["note"], file=sys.stderr)
-    return made["train"], made["test"]
+    WORKER[:] = [worker, wanted]
+    return json.loads(worker.stdout.readline() or '{"error": "the process ended"}')
 
 
 def reward(record, response):
@@ -69,13 +73,15 @@ def reward(record, response):
     Outcomes are correct (1), wrong (up to 0.1, which graders give for mere answers), partly right,
     no_answer, and timeout, where grading took too long.
     """
-    [worker] = WORKER
-    worker.stdin.write(json.dumps([record["part"], record["problem"], response]) + "\n")
-    worker.stdin.flush()
-    line = worker.stdout.readline()
-    if not line:
-        raise RuntimeError("the grader's process ended")
-    return json.loads(line)
+    for _ in range(2):
+        worker, wanted = WORKER
+        with contextlib.suppress(BrokenPipeError):
+            worker.stdin.write(json.dumps([record["part"], record["problem"], response]) + "\n")
+            worker.stdin.flush()
+            if line := worker.stdout.readline():
+                return json.loads(line)
+        start(wanted)  # the process ended, for example for want of memory
+    raise RuntimeError("the grader's process ended twice")
 
 
 # ---- What runs in that process

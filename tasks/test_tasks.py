@@ -1027,6 +1027,14 @@ def test_gym_reward(gym, tmp_path, capfd):
     assert "espl" not in capfd.readouterr().err
 
 
+def test_gym_starts_its_grader_again(gym):
+    task = load_task("--train-size", 4, "--task", f"{gym}:sums")
+    x = task.test[0]
+    for _ in range(2):
+        task.reward.__globals__["WORKER"][0].kill()
+        assert task.reward(x.record, f"<answer>{x.answer}</answer>") == [1.0, "correct"]
+
+
 def test_gym_with_its_package():
     pytest.importorskip("reasoning_gym", reason="pip install reasoning-gym")
     task = load_task("--train-size", 5, "--task", "gym:chain_sum,max_digits=2")

@@ -51,7 +51,7 @@ def config_of(run, given):
     """Config of the evaluation: that of the run, if there is one, with the given flags."""
     name = time.strftime("eval-%Y%m%d-%H%M%S")
     if not run:
-        flags = {"run_dir": f"runs/{name}"} | given
+        flags = {"run_dir": f"runs/{name}", "reflector": "reference"} | given
         return espl.parse_args([f"{espl.flag_name(flag)}={x}" for flag, x in flags.items()])
     fixed = given.keys() & {"model", "population", "seed"}
     if fixed:

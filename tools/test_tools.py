@@ -218,6 +218,15 @@ def figures(monkeypatch):
     return saved
 
 
+def test_a_lineage_ends_where_a_parent_is_missing():
+    first = espl.SystemPrompt(0, [], parents=[0])  # itself, since it was prompt 5 once
+    child = espl.SystemPrompt(1, [], parents=[0])
+    lost = espl.SystemPrompt(2, [], parents=[28])
+    population = [first, child, lost]
+    assert report.lineage(population, child) == [first, child]
+    assert report.lineage(population, lost) == [lost]
+
+
 @pytest.mark.parametrize("size", [1, 40])
 def test_the_picture_of_a_lineage(size, figures, tmp_path, capsys):
     """The ancestors of the tested prompt are there, no text covers another, and all can be read."""
