@@ -1362,7 +1362,7 @@ def fit_request(chat, template, slots, limit):
         text = slots[name]
         keep = int(0.45 * len(text) * limit / len(ids))  # at both ends
         slots[name] = f"{text[:keep]}\n[... cut ...]\n{text[-keep:]}"
-        if keep < 100:
+        if keep < 50 or len(slots[name]) >= len(text):
             raise NoChild(f"a request does not fit into {limit} tokens")
     return ids
 

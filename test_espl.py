@@ -2926,7 +2926,7 @@ def test_the_docstring_knows_the_lines_of_algorithm_1():
     assert with_line_numbers(source) == source, "run: python test_espl.py"
     moved = source.replace("\nimport argparse", "\n\nimport argparse", 1)
     rows = re.findall(r"(\w+) +(\d+)$", with_line_numbers(moved)[:4000], re.M)
-    assert len(rows) == 13
+    assert len(rows) == 14
     for name, line in rows:
         assert moved.splitlines()[int(line) - 1].startswith(f"def {name}(")
 
@@ -2959,7 +2959,7 @@ def test_espl_is_plain():
     ours = {path.stem for path in SOURCE.parent.rglob("*.py")}
     assert not {name.split(".")[0] for name in imported} & ours
     assert longest <= 50
-    assert tokens <= 18_990 and source.count("\n") <= 2_560
+    assert tokens <= 19_000 and source.count("\n") <= 2_560
 
 
 if __name__ == "__main__":
