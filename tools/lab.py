@@ -308,11 +308,12 @@ def gains_table(section):
 
 
 def course_table(section, baseline=None):
-    """Test scores, and the KL if it was logged, at every evaluation; with a row as the baseline,
-    also the last score minus that row's."""
+    """Test scores, and the KL if it was logged, at every evaluation. With a baseline, a row, the
+    rows before it are left out, and the last column is the final score minus the baseline's."""
     all_curves, lines = section["curves"], []
-    for name, curves in all_curves.items():
-        line = [name]
+    names = [*all_curves]
+    for name in names[names.index(baseline) if baseline else 0 :]:
+        line, curves = [name], all_curves[name]
         for evaluations in zip(*curves):
             kl = [e["kl"] for e in evaluations if "kl" in e]
             cell = spread([e["test"] for e in evaluations])

@@ -102,11 +102,11 @@ def test_the_course_of_runs():
     assert found["iteration"] == ["0", "10"]
     assert found["rl"] == ["0.200 +- 0.141", "0.400 +- 0.141, KL 0.5"]
     longer = [curve(0.1, 0.6), curve(0.3, 0.6)]
-    curves = {"rl": runs, "espl": longer}
+    curves = {"evolution": runs, "rl": runs, "espl": longer}
     found = cells(lab.course_table({"curves": curves}, baseline="rl"))
     assert found["iteration"] == ["0", "10", "final, minus rl"]
     assert found["espl"][-1] == "+0.200 (+0.100 to +0.300)"
-    assert found["rl"][-1] == "+0.000 (+0.000 to +0.000)"
+    assert found["rl"][-1] == "+0.000 (+0.000 to +0.000)" and "evolution" not in found
 
 
 def test_the_kl_of_a_curve_is_the_mean_since_the_evaluation_before(tmp_path):
