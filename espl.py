@@ -146,7 +146,7 @@ class Config:
     learning_rate: float = flag(4e-5, "Adam's; betas (0.9, 0.95), eps 1e-8", "RL update")
     loss: str = flag("importance_sampling", "surrogate for J", choices=LOSSES)
     baseline: str = flag("prompt", "V[i,b], or mean over prompts", choices="prompt marginal")
-    clip: float = flag(0.2, "ppo, cispo: clip ratios to 1 +- this, at least 1 - top_p", high=1)
+    clip: float = flag(0.2, "ppo, cispo: ratios within 1 +- this; take 1 - top_p or more", high=1)
     kl_coef: float = flag(0.0, "beta, weight of KL(pi_theta || pi_ref)")
     max_grad_norm: float = flag(0.0, "clip the gradient's global norm (0: off)")
     mask_truncated: bool = flag(False, "do not train on responses cut at the limit")
@@ -589,7 +589,7 @@ def crossover(r):
 
 OPERATORS = {  # name: (operator, its chance in an iteration), drawn in this order
     "mutation": (mutate, lambda c: 1.0),
-    "crossover": (crossover, lambda c: c.p_crossover),
+    "crossover": (crossover, lambda c: 0.0 if c.mode == "reflection" else c.p_crossover),
 }
 
 
@@ -689,7 +689,7 @@ def accepted(edit, kinds, ids, problems, r):
 
 
 def leaks(principle, problem):
-    """Whether a principle has twelve words of a problem in a row (or all), or its answer."""
+    """Whether a principle has twelve words of a problem in a row (all of fewer), or its answer."""
     said, words = (re.findall(r"\w+", x.lower()) for x in (principle, problem.question))
     size = max(6, min(12, len(words)))  # fewer words are too common to be recognised
     parts = {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
@@ -697,7 +697,7 @@ def leaks(principle, problem):
         return True
     for answer in ("".join(a.split()) for a in problem.answers):
         if re.fullmatch(r"-?\d[\d,.]*", answer):
-            whole = rf"(?<![\d.]){re.escape(answer)}(?!\d|\.\d)"  # with three digits or more
+            whole = rf"(?<![\d.]){re.escape(answer)}(?!\d|\.\d)"
             if len(re.sub(r"\D", "", answer)) > 2 and re.search(whole, principle):
                 return True
         elif len(answer) > 5 and answer in "".join(principle.split()):
@@ -754,10 +754,10 @@ class Trainer:
 def rl_update(trainer, rollouts, total):
     """One policy-gradient step (Alg. 1, line 9). Changes the trainer and returns metrics.
 
-    total counts all sampled rollouts, those left out too. Without any to train on no step is made.
-    They come from the current weights, so up to rounding the importance ratio is the mass of the
-    sampler's nucleus, in [top_p, 1]. Another call makes another step with the same rollouts, but
-    not with reinforce, which has no ratio.
+    total counts all sampled rollouts, also those left out. Without rollouts no step is made. The
+    rollouts come from the current weights, so up to rounding the importance ratio is the mass of
+    the sampler's nucleus, in [top_p, 1]. A second call makes an off-policy step, which reinforce,
+    without a ratio, does not correct.
     """
     policy, objective = trainer.policy, trainer.objective
     rollouts = [y for y in rollouts if y.tokens]
@@ -1292,11 +1292,16 @@ def start_run(c):
 def read_population(path):
     """A population.json, of an earlier run or edited by hand; only `principles` must be there."""
     with explained(f"--population {path} is no list of prompts"):
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        population = [SystemPrompt(**entry | {"id": i}) for i, entry in enumerate(entries)]
-        texts = [text for s in population for text in s.principles + []]
-        if not population or not all(isinstance(text, str) for text in texts):
-            raise ValueError("each entry needs a list `principles`")
+        entries, population = json.loads(Path(path).read_text(encoding="utf-8-sig")), []
+        ids = {entry.get("id", i): i for i, entry in enumerate(entries)}  # some may be cut out
+        for i, entry in enumerate(entries):
+            parents = [ids[p] for p in entry.get("parents", []) if ids.get(p, i) < i]
+            population.append(SystemPrompt(**entry | {"id": i, "parents": parents}))
+            texts = entry["principles"]
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError("each entry needs `principles`, a list of texts")
+        if not population:
+            raise ValueError("it is empty")
         return population
 
 
@@ -1310,15 +1315,15 @@ def open_directory(run):
     with explained(f"cannot write --run-dir {run.directory}"):
         run.directory.mkdir(parents=True, exist_ok=True)
         run.lock = open(run.directory / "lock", "w")  # noqa: SIM115  (open while the run goes on)
-    with explained(f"another process is writing {run.directory}, or it cannot be locked"):
+    with explained(f"another process is writing {run.directory}; wait for it, or use --run-dir"):
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     files = [HERE / "prompts_seed.txt", run.task.file, c.task_argument]
     files += [c.train_file, c.test_file, c.prompts_file]
     hashes = {str(f): zlib.crc32(Path(f).read_bytes()) for f in files if os.path.isfile(f)}
     config = run.directory / "config.json"
     if c.resume:
-        saved = json.loads(config.read_text())["files"].values()
-        for old, (file, new) in zip(saved, hashes.items()):
+        saved = dict(json.loads(config.read_text())["files"])
+        for old, (file, new) in zip(saved.values(), hashes.items()):
             if old != new:
                 raise UserError(f"{file} has changed since the run began; put it back to resume")
     elif config.is_file():
@@ -1574,8 +1579,8 @@ def first_line(error):
 
 
 def say(text, file=None):
-    """Prints beside progress bars; without a file on process 0 only. A lost screen ends no run."""
-    if file or jax.process_index() == 0:
+    """Prints beside progress bars, on one process only. A screen that is gone ends no run."""
+    if jax.process_index() == 0:
         with contextlib.suppress(OSError, ValueError):
             tqdm.write(text, file or sys.stdout)
 
@@ -1665,9 +1670,10 @@ def parse_args(argv):
         c = Config(**defaults | saved | given | {"task": task})
         for f in dataclasses.fields(c):
             value, (_, _, low, high, choices) = getattr(c, f.name), f.metadata.values()
-            if choices and value not in choices.split():
-                refuse(f"{flag_name(f.name)} {value}: must be one of {choices}")
-            if type(f.default) is not str and not low <= value <= high:
+            kind = (int, float) if isinstance(f.default, float) else type(f.default)
+            if not isinstance(value, kind) or value not in (choices.split() or [value]):
+                raise ValueError(f"{f.name} cannot be {value!r}")  # argparse checked the flags
+            if kind is not str and not low <= value <= high:
                 refuse(f"{flag_name(f.name)} {value}: must be from {low} to {high}")
     return c
 
@@ -1679,7 +1685,7 @@ def flag_name(field_name):
 
 def absolute(path):
     """The path from the root, if it is one, so that a run can be resumed from any folder."""
-    return os.path.abspath(path) if os.path.exists(path) else path
+    return os.path.realpath(path) if os.path.exists(path) else path
 
 
 def saved_flags(given):
@@ -1715,13 +1721,13 @@ def main(argv):
         announce(run)
         train(run)
     except UserError as e:
-        say(f"espl: error: {e}", sys.stderr)
+        print(f"espl: error: {e}", file=sys.stderr)  # by every process
         return 2
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         flags = "--microbatch-tokens or --max-rows"
-        say(f"espl: error: out of memory; lower {flags}{again}", sys.stderr)
+        print(f"espl: error: out of memory; lower {flags}{again}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say(f"\nespl: interrupted{again}", sys.stderr)
@@ -1999,7 +2005,7 @@ def nucleus(logits_BV, top_p):
     probs = jax.nn.softmax(logits_BV)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
-    def set_bit(i, threshold_B):  # finds the largest above which tokens have mass top_p
+    def set_bit(i, threshold_B):  # finds the largest from which on tokens have mass top_p
         higher = threshold_B | (1 << (30 - i))
         remains = jnp.sum(probs, -1, where=bits >= higher[:, None])
         return jnp.where(remains >= top_p, higher, threshold_B)
@@ -2450,8 +2456,11 @@ def read_model_config(directory, dtype="float32", lora_rank=0):
     kind, gemma = hf.model_type, hf.model_type.startswith("gemma")
     if kind not in FAMILIES.split() or getattr(whole, "quantization_config", None):
         raise UserError(f"{directory}: {kind} (or quantized) is not supported; use {FAMILIES}")
-    if (hf.hidden_activation if gemma else hf.hidden_act) not in ("silu", "gelu_pytorch_tanh"):
-        raise UserError(f"{directory}: its activation function is not supported")
+    found, wanted = (
+        (hf.hidden_activation, "gelu_pytorch_tanh") if gemma else (hf.hidden_act, "silu")
+    )
+    if found != wanted:
+        raise UserError(f"{directory}: activation {found} is not supported, {wanted} is")
     H = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     types = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     ropes = hf.rope_parameters  # for each type of layer, or one for all

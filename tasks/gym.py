@@ -4,10 +4,10 @@
     python espl.py --task gym:chain_sum                    # trains on level 0, tests on level 1
     python espl.py --task gym:chain_sum,level=1,test_level=4,max_digits=3
 
-What follows the levels are settings of the data set (docs/gym.md). The package is used in a process
-of its own, which runs this file: there hashes of strings, on which some generators depend, are the
-same in every run; and each answer is graded in a fork with limits of time, memory and access, since
-some graders call eval() on what the model wrote.
+What follows the levels are settings of the data set (docs/tasks.md). The package is used in a
+process of its own, which runs this file: there hashes of strings, on which some generators depend,
+are the same in every run; and each answer is graded in a fork with limits of time, memory and
+access, since some graders call eval() on what the model wrote.
 """
 
 import ast

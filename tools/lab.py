@@ -182,6 +182,8 @@ def finished_run(name, flags, out, seed):
     flags = [*flags, f"--seed={seed}", f"--run-dir={directory}", *more_flags(name, seed, out)]
     c, then = espl.parse_args(flags), name.partition(", then ")[2]
     stages = [flags]
+    if then and not c.iterations:
+        raise espl.UserError("rows in two modes need --iterations")
     if then:
         first = [*flags, f"--iterations={c.iterations // 2}"]
         second = [f"--resume={directory}", f"--mode={then}", f"--iterations={c.iterations}"]
@@ -322,7 +324,7 @@ def course_table(section, baseline=None):
             line.append(difference(curves, all_curves[baseline], "final"))
         lines.append(line)
     head = ["iteration", *(str(e["iteration"]) for e in curves[0])]
-    return markdown(head + [f"final, minus {baseline}"] * bool(baseline), lines)
+    return markdown(head + [f"final, minus `{baseline}`"] * bool(baseline), lines)
 
 
 def difference(ours, theirs, reading):

@@ -285,8 +285,8 @@ def usage(metrics, name):
 
 def lineage(population, s):
     """A prompt's ancestors, the root first, and itself; of a crossover the best parent counts."""
-    line = [s]  # in a population.json that somebody shortened, a parent may be missing
-    while line[0].parents and line[0].parents[0] < line[0].id:
+    line = [s]
+    while line[0].parents:
         line.insert(0, population[line[0].parents[0]])
     return line
 

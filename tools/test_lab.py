@@ -104,7 +104,7 @@ def test_the_course_of_runs():
     longer = [curve(0.1, 0.6), curve(0.3, 0.6)]
     curves = {"evolution": runs, "rl": runs, "espl": longer}
     found = cells(lab.course_table({"curves": curves}, baseline="rl"))
-    assert found["iteration"] == ["0", "10", "final, minus rl"]
+    assert found["iteration"] == ["0", "10", "final, minus `rl`"]
     assert found["espl"][-1] == "+0.200 (+0.100 to +0.300)"
     assert found["rl"][-1] == "+0.000 (+0.000 to +0.000)" and "evolution" not in found
 
@@ -249,6 +249,11 @@ def test_pages_have_the_tables_of_the_results(tmp_path, monkeypatch):
     table = lab.scores_table({"curves": runs})
     assert page.read_text() == f"before\n<!-- scores -->\n{table}\n<!-- end -->\nafter\n"
     assert (tmp_path / "docs" / "compare.png").is_file()
+
+
+def test_rows_in_two_modes_need_a_number_of_iterations(pretended, tmp_path, capsys):
+    argv = ["order", "--seeds", "1", "--out", str(tmp_path), "--flags", "--epochs 2"]
+    assert lab.main(argv) == 2 and "need --iterations" in capsys.readouterr().err
 
 
 def test_bad_input_of_the_laboratory(pretended, tmp_path, capsys):
