@@ -1375,8 +1375,8 @@ def fit_request(chat, template, slots, limit):
 def ask_server(c, prompts, first):
     """Replies of --reflector URL#NAME, by OpenAI's protocol, with the server's sampling options.
 
-    A request that fails is a UserError in the first iteration, later it has an empty reply. The key
-    is taken from OPENAI_API_KEY.
+    A request that fails is a UserError in the first iteration, later it has an empty reply, as has
+    one that is too long for the server. The key is taken from OPENAI_API_KEY.
     """
     import openai
 
@@ -1390,7 +1390,7 @@ def ask_server(c, prompts, first):
             choices = client.chat.completions.create(model=name, messages=messages).choices
             return choices and choices[0].message.content or ""
         except Exception as e:
-            if first:
+            if first and not isinstance(e, openai.BadRequestError):
                 raise UserError(f"--reflector {c.reflector}: {first_line(e)}") from e
             warn(f"--reflector {c.reflector} failed: {first_line(e)}")
             return ""
@@ -1670,8 +1670,8 @@ def parse_args(argv):
         c = Config(**defaults | saved | given | {"task": task})
         for f in dataclasses.fields(c):
             value, (_, _, low, high, choices) = getattr(c, f.name), f.metadata.values()
-            kind = (int, float) if isinstance(f.default, float) else type(f.default)
-            if not isinstance(value, kind) or value not in (choices.split() or [value]):
+            kind = type(f.default)
+            if not isinstance(value, (kind, int)) or value not in (choices.split() or [value]):
                 raise ValueError(f"{f.name} cannot be {value!r}")  # argparse checked the flags
             if kind is not str and not low <= value <= high:
                 refuse(f"{flag_name(f.name)} {value}: must be from {low} to {high}")

@@ -2719,6 +2719,18 @@ def test_a_server_that_refuses_the_first_requests_ends_the_run(exam, server, tmp
     assert re.search("espl: error: --reflector http.*no such key", capsys.readouterr().err)
 
 
+def test_a_request_that_is_too_long_for_the_server_ends_no_run(server, capsys):
+    def answer(request):
+        if request["messages"][0]["content"] == "long":
+            return 400, {"error": {"message": "context too long"}}
+        return completion(request)
+
+    server.answer = answer
+    replies = espl.ask_server(espl.Config(reflector=server.url), ["a", "long"], first=True)
+    assert "reply" in replies[0] and replies[1] == ""
+    assert "warning: --reflector" in capsys.readouterr().err
+
+
 def test_a_reply_without_choices_is_empty(server):
     server.answer = lambda request: (200, completion(request)[1] | {"choices": None})
     c = espl.Config(reflector=server.url)
