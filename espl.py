@@ -12,20 +12,20 @@ gradient, its system prompts by evolution: selection, TrueSkill ratings, reflect
 Algorithm 1, its lines counted from "Initialize S" without "end for", and where they are here:
 
     line   what                                                        function             at line
-    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1264
+    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1261
     2      while not converged                                         train                  197
-    3      sample problems x ~ D                                       next_problems          280
-    4      select system prompts s_i from S by mu + lambda sigma       select                 422
-    5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          339
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1193
-    8      the advantages r_ij - V_i                                   set_advantages        375
-    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              790
-    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              754
-    10-11  rank the s_i by V_i; TrueSkill.update                       update_ratings        442
-    12     k <- argmax_i V_i                                           argmax                417
-    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 517
-    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              460
-    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              562
+    3      sample problems x ~ D                                       next_problems          279
+    4      select system prompts s_i from S by mu + lambda sigma       select                 420
+    5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          338
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1190
+    8      the advantages r_ij - V_i                                   set_advantages        374
+    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              787
+    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              752
+    10-11  rank the s_i by V_i; TrueSkill.update                       update_ratings        440
+    12     k <- argmax_i V_i                                           argmax                415
+    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 515
+    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              458
+    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              560
 
 Sections: 2 flags, 3 Algorithm 1, 4 evolution, 5 RL update, 6 tasks and words, 7 a run; then the
 engine, which a reader of the paper need not open: 8 sampling, 9 the model and its weights.
@@ -198,8 +198,7 @@ def train(run):
     """Algorithm 1's loop (line 2). Iteration 0 only evaluates.
 
     Rollouts live for one iteration. What lasts is pi_theta's trained weights, Adam's state and the
-    population; a checkpoint has these three. Logs are written during the iteration; a resumed
-    run cuts them at its checkpoint.
+    population; a checkpoint has these three. A resumed run cuts the logs at its checkpoint.
     """
     c, last = run.config, last_iteration(run)
     first = resume(run) + 1 if c.resume else 0
@@ -375,8 +374,7 @@ def sample_groups(run, jobs, split, iteration, theta=None):
 def set_advantages(groups, c):
     """Sets the advantages r_ij - V[i,b], or r_ij minus the mean over all prompts.
 
-    Returns the rollouts to train on: groups whose advantages are all zero are skipped, unless a KL
-    penalty is used.
+    Returns the rollouts to train on. Without a KL penalty, groups of zero advantages are skipped.
     """
     chosen = []
     for of_one_problem in zip(*groups):
@@ -754,10 +752,9 @@ class Trainer:
 def rl_update(trainer, rollouts, total):
     """One policy-gradient step (Alg. 1, line 9). Changes the trainer and returns metrics.
 
-    total counts all sampled rollouts, also those left out. Without rollouts no step is made. The
-    rollouts come from the current weights, so up to rounding the importance ratio is the mass of
-    the sampler's nucleus, in [top_p, 1]. A second call makes an off-policy step, which reinforce,
-    without a ratio, does not correct.
+    total counts all sampled rollouts, also those left out. Without rollouts no step is made. Since
+    they come from the current weights, the importance ratio is, up to rounding, the mass of the
+    sampler's nucleus, in [top_p, 1]. A second call is off policy, for which reinforce has no ratio.
     """
     policy, objective = trainer.policy, trainer.objective
     rollouts = [y for y in rollouts if y.tokens]
@@ -1297,11 +1294,9 @@ def read_population(path):
         for i, entry in enumerate(entries):
             parents = [ids[p] for p in entry.get("parents", []) if ids.get(p, i) < i]
             population.append(SystemPrompt(**entry | {"id": i, "parents": parents}))
-            texts = entry["principles"]
+        for texts in [s.principles for s in population] or [None]:
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise ValueError("each entry needs `principles`, a list of texts")
-        if not population:
-            raise ValueError("it is empty")
         return population
 
 
@@ -1888,10 +1883,7 @@ def count_sampled(rollouts):
 
 
 def bucket(n):
-    """The power of two that holds n, from 128 on; beyond 4,096 also quarters in between.
-
-    Few distinct lengths mean few compilations.
-    """
+    """The power of two that holds n, from 128 on; beyond 4,096 also quarters: few compilations."""
     power = max(128, 1 << (n - 1).bit_length())
     eighth = power // 8
     return power if n <= 4096 else -(-n // eighth) * eighth
@@ -1999,8 +1991,7 @@ def nucleus(logits_BV, top_p):
     """Logits with everything outside the smallest set of probability top_p at -inf.
 
     The threshold is found by bisection on the bits of the probabilities (non-negative floats are
-    ordered like integers): exact after 31 halvings, and cheaper than sorting V values in each step.
-    Ties at the threshold stay in.
+    ordered like integers): exact after 31 halvings, ties kept, and cheaper than sorting V values.
     """
     probs = jax.nn.softmax(logits_BV)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
@@ -2105,8 +2096,7 @@ def rotate(x_BTNH, position_BT, frequencies):
 def attention(q_BTNH, k_BKSH, v_BKSH, q_place, k_place, window, cfg):
     """Causal grouped-query attention by position: a query at p sees keys in (p - window, p].
 
-    place: (position, segment or None). Queries see only keys of segment 0, the prompt, and of their
-    own segment.
+    place: (position, segment or None). Queries see keys of segment 0, the prompt, and of their own.
     """
     B, T, N, H = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(B, T, cfg.num_kv_heads, -1, H)
@@ -2456,9 +2446,8 @@ def read_model_config(directory, dtype="float32", lora_rank=0):
     kind, gemma = hf.model_type, hf.model_type.startswith("gemma")
     if kind not in FAMILIES.split() or getattr(whole, "quantization_config", None):
         raise UserError(f"{directory}: {kind} (or quantized) is not supported; use {FAMILIES}")
-    found, wanted = (
-        (hf.hidden_activation, "gelu_pytorch_tanh") if gemma else (hf.hidden_act, "silu")
-    )
+    wanted = "gelu_pytorch_tanh" if gemma else "silu"
+    found = hf.hidden_activation if gemma else hf.hidden_act
     if found != wanted:
         raise UserError(f"{directory}: activation {found} is not supported, {wanted} is")
     H = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
