@@ -12,20 +12,20 @@ gradient, its system prompts by evolution: selection, TrueSkill ratings, reflect
 Algorithm 1, its lines counted from "Initialize S" without "end for", and where they are here:
 
     line   what                                                        function             at line
-    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1261
+    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1269
     2      while not converged                                         train                  197
     3      sample problems x ~ D                                       next_problems          279
-    4      select system prompts s_i from S by mu + lambda sigma       select                 420
+    4      select system prompts s_i from S by mu + lambda sigma       select                 428
     5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          338
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1190
-    8      the advantages r_ij - V_i                                   set_advantages        374
-    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              787
-    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              752
-    10-11  rank the s_i by V_i; TrueSkill.update                       update_ratings        440
-    12     k <- argmax_i V_i                                           argmax                415
-    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 515
-    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              458
-    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              560
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1198
+    8      the advantages r_ij - V_i                                   set_advantages        382
+    8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              795
+    9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              759
+    10-11  rank the s_i by V_i; TrueSkill.update                       update_ratings        448
+    12     k <- argmax_i V_i                                           argmax                423
+    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 521
+    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              466
+    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              566
 
 Sections: 2 flags, 3 Algorithm 1, 4 evolution, 5 RL update, 6 tasks and words, 7 a run; then the
 engine, which a reader of the paper need not open: 8 sampling, 9 the model and its weights.
@@ -232,7 +232,7 @@ def espl_iteration(run, iteration):
     sampled = sample_groups(run, jobs, "train", iteration)
     groups = [sampled[i : i + len(problems)] for i in range(0, len(sampled), len(problems))]
     values = [mean_reward(row) for row in groups]  # V_i
-    metrics = rollout_metrics(prompts, groups, values)
+    metrics = rollout_metrics(prompts, sampled, values)
 
     # Lines 8-9. From here on the state changes; an interruption resumes from the last checkpoint.
     if c.mode in ("espl", "rl"):
@@ -364,9 +364,17 @@ def sample_groups(run, jobs, split, iteration, theta=None):
         y.reward, y.outcome = graded
     for g in groups:
         for y in g.rollouts:
-            log = {"iteration": iteration, "split": split, "prompt": g.prompt.id}
-            log |= {"problem": g.problem.id, "reward": y.reward, "outcome": y.outcome}
-            log |= {"stop": y.stop, "text": y.text, "tokens": len(y.tokens)}
+            log = {
+                "iteration": iteration,
+                "split": split,
+                "prompt": g.prompt.id,
+                "problem": g.problem.id,
+                "reward": y.reward,
+                "outcome": y.outcome,
+                "stop": y.stop,
+                "text": y.text,
+                "tokens": len(y.tokens),
+            }
             run.append("rollouts.jsonl", log)
     return groups
 
@@ -414,7 +422,7 @@ class SystemPrompt:
 
 def argmax(values, rng):
     """Index of the largest value. Ties are broken at random."""
-    return int(rng.choice(np.flatnonzero(np.asarray(values) == max(values))))
+    return int(rng.choice(np.flatnonzero(np.equal(values, max(values)))))
 
 
 def select(population, c, rng):
@@ -501,12 +509,10 @@ class Tournament:
 
     def ask_for_edits(self, request, slots):
         """Replies as lists of edits. An unreadable one is asked for once more, then it is None."""
-        replies = self.ask(request, slots)
-        edits = [[] if reply == "[]" else self.parse(reply) for reply in replies]
+        edits = [self.parse(reply) for reply in self.ask(request, slots)]
         again = [i for i, found in enumerate(edits) if found is None]
         if again and self.config.reflect_temperature > 0:
-            replies = self.ask(request, [slots[i] for i in again])
-            for i, reply in zip(again, replies):
+            for i, reply in zip(again, self.ask(request, [slots[i] for i in again])):
                 edits[i] = self.parse(reply)
         self.dropped["unreadable reply"] += edits.count(None)
         return edits
@@ -629,8 +635,9 @@ def parse_edits(reply):
     """
     import json_repair
 
-    fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", reply, re.S)
-    for block in [*reversed(fenced), reply]:
+    text = final_text(reply)
+    fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
+    for block in [*reversed(fenced), text]:
         whole = block[: block.rfind("}") + 1]
         # With a single backslash \frac is LaTeX, and not a form feed before "rac".
         whole = re.sub(r"(?<!\\)\\(?=[bfrt][a-zA-Z]|n(?:eq(?![a-z])|abla|u\b))", r"\\\\", whole)
@@ -639,7 +646,7 @@ def parse_edits(reply):
                 return edits
         if re.fullmatch(r"\s*\[\s*\]\s*", block):
             return []
-    return [] if re.search(r"\[\s*\]\W*\Z", reply[-100:]) else None
+    return [] if re.search(r"\[\s*\]\W*\Z", text[-100:]) else None
 
 
 def edits_in(value):
@@ -767,8 +774,9 @@ def rl_update(trainer, rollouts, total):
         batch = {name: put(x, policy.mesh, P("data")) for name, x in batch.items()}
         gradient, metrics = add_gradient(gradient, policy, batch, total, objective)
         found.append(metrics)
-    trained = trainer.optimizer, policy.theta, trainer.opt_state
-    policy.theta, trainer.opt_state, norm = adam_step(*trained, gradient)
+    policy.theta, trainer.opt_state, norm = adam_step(
+        trainer.optimizer, policy.theta, trainer.opt_state, gradient
+    )
     sums = {name: float(sum(m[name] for m in found)) for name in found[0]}
     tokens = sums["tokens"]
     return {
@@ -867,7 +875,7 @@ def token_logprobs(model, hidden_BTD, target_BT, mask_BT, temperature):
     """
     size = math.gcd(target_BT.size, LOGITS_BLOCK)
     order = jnp.argsort(~mask_BT.reshape(-1))
-    tokens = [x.reshape(-1, *x.shape[2:])[order] for x in (hidden_BTD, target_BT, mask_BT)]
+    tokens = [x.reshape(-1, *x.shape[2:])[order] for x in (mask_BT, hidden_BTD, target_BT)]
     # The devices share the tokens of each block.
     blocks = [constrain(x.reshape(-1, size, *x.shape[1:]), None, "data") for x in tokens]
 
@@ -878,8 +886,8 @@ def token_logprobs(model, hidden_BTD, target_BT, mask_BT, temperature):
 
     @jax.checkpoint
     def block(x):
-        hidden, target, mask = x  # sorted: the first token is masked only if all are
-        return jax.lax.cond(mask[0], logprobs, lambda *_: (jnp.zeros(size),) * 2, hidden, target)
+        mask, *rest = x  # sorted: the first token is masked only if all are
+        return jax.lax.cond(mask[0], logprobs, lambda *_: (jnp.zeros(size),) * 2, *rest)
 
     out = jax.lax.map(block, blocks)
     return tuple(x.reshape(-1)[jnp.argsort(order)].reshape(target_BT.shape) for x in out)
@@ -1268,8 +1276,8 @@ def start_run(c):
     if c.mode != "rl" and not re.fullmatch("reference|current|.*://.*", c.reflector):
         reflector = load_policy(dataclasses.replace(c, model=c.reflector, lora_rank=0), frozen=True)
 
-    clip = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
-    optimizer = optax.chain(*clip, optax.adam(c.learning_rate, b1=0.9, b2=0.95, eps=1e-8))
+    clip = optax.clip_by_global_norm(c.max_grad_norm or math.inf)
+    optimizer = optax.chain(clip, optax.adam(c.learning_rate, b1=0.9, b2=0.95, eps=1e-8))
     optimizer = optax.apply_if_finite(optimizer, 2**30)  # a step of nan or infinity is left out
     objective = Objective(c.loss, c.temperature, c.clip, c.kl_coef)
     opt_state = optimizer.init(policy.theta)
@@ -1277,7 +1285,7 @@ def start_run(c):
 
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.live_arrays())
     for p in (policy, reflector[0]) if reflector else (policy,):
-        p.cache_tokens = on_process_0(cache_tokens, p.cfg, p.mesh, held)
+        p.cache_tokens = cache_tokens(p.cfg, p.mesh, held)
 
     # Alg. 1, line 1
     population = read_population(c.population) if c.population else [SystemPrompt(0, task.root)]
@@ -1288,15 +1296,15 @@ def start_run(c):
 
 def read_population(path):
     """A population.json, of an earlier run or edited by hand; only `principles` must be there."""
-    with explained(f"--population {path} is no list of prompts"):
+    with explained(f"--population {path} is no list of prompts, whose principles are texts"):
         entries, population = json.loads(Path(path).read_text(encoding="utf-8-sig")), []
         ids = {entry.get("id", i): i for i, entry in enumerate(entries)}  # some may be cut out
         for i, entry in enumerate(entries):
             parents = [ids[p] for p in entry.get("parents", []) if ids.get(p, i) < i]
             population.append(SystemPrompt(**entry | {"id": i, "parents": parents}))
-        for texts in [s.principles for s in population] or [None]:
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise ValueError("each entry needs `principles`, a list of texts")
+            "".join(entry["principles"] + [])  # an error unless it is a list of texts
+        if not population:
+            raise ValueError("it is empty")
         return population
 
 
@@ -1314,11 +1322,11 @@ def open_directory(run):
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     files = [HERE / "prompts_seed.txt", run.task.file, c.task_argument]
     files += [c.train_file, c.test_file, c.prompts_file]
-    hashes = {str(f): zlib.crc32(Path(f).read_bytes()) for f in files if os.path.isfile(f)}
+    hashes = [(str(f), zlib.crc32(Path(f).read_bytes())) for f in files if os.path.isfile(f)]
     config = run.directory / "config.json"
     if c.resume:
-        saved = dict(json.loads(config.read_text())["files"])
-        for old, (file, new) in zip(saved.values(), hashes.items()):
+        saved = json.loads(config.read_text())["files"]
+        for (_, old), (file, new) in zip(saved, hashes):
             if old != new:
                 raise UserError(f"{file} has changed since the run began; put it back to resume")
     elif config.is_file():
@@ -1529,7 +1537,6 @@ def write_logs(run, metrics):
 
 def rollout_metrics(prompts, groups, values):
     """What metrics.jsonl says of an iteration's rollouts (docs/run.md)."""
-    groups = [g for row in groups for g in row]
     rollouts = [y for g in groups for y in g.rollouts]
     return {
         "reward_mean": mean_reward(groups),
@@ -1537,7 +1544,7 @@ def rollout_metrics(prompts, groups, values):
         "contrast_groups": sum(g.contrast for g in groups) / len(groups),
         "response_tokens": sum(len(y.tokens) for y in rollouts) / len(rollouts),
         "truncated": sum(y.stop == "length" for y in rollouts) / len(rollouts),
-        "outcomes": dict(Counter(y.outcome for y in rollouts)),
+        "outcomes": Counter(y.outcome for y in rollouts),
     }
 
 
@@ -1589,8 +1596,6 @@ progress = partial(tqdm, leave=False, dynamic_ncols=True, disable=None)  # vanis
 
 def on_process_0(function, *args):
     """function(*args), called by the first of several processes; all get the result, as JSON."""
-    if jax.process_count() == 1:
-        return function(*args)
     result = function(*args) if jax.process_index() == 0 else None
     data = np.frombuffer(json.dumps(result).encode(), np.uint8)
     size = multihost_utils.broadcast_one_to_all(np.int32(len(data)))
@@ -1721,8 +1726,8 @@ def main(argv):
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        flags = "--microbatch-tokens or --max-rows"
-        print(f"espl: error: out of memory; lower {flags}{again}", file=sys.stderr)
+        advice = "out of memory; lower --microbatch-tokens or --max-rows"
+        print(f"espl: error: {advice}{again}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say(f"\nespl: interrupted{again}", sys.stderr)
@@ -2119,11 +2124,11 @@ def attention(q_BTNH, k_BKSH, v_BKSH, q_place, k_place, window, cfg):
 def sequence_attention(q_BTNH, k_BKTH, v_BKTH, place, window, cfg):
     """Attention within whole sequences, in which no token sees a later one.
 
-    The queries go in spans, each with the keys up to its end. In long sequences they go in blocks,
-    recomputed one by one in the backward pass, so that [T, T] scores never exist.
+    The queries of long sequences go in blocks, recomputed one by one in the backward pass, so that
+    [T, T] scores never exist.
     """
     T = q_BTNH.shape[1]
-    if T > 1024:
+    if T > 512:
         inputs = jax.tree.map(lambda x: jnp.stack(jnp.split(x, T // 512, 1)), (q_BTNH, place))
 
         @jax.checkpoint
@@ -2131,18 +2136,7 @@ def sequence_attention(q_BTNH, k_BKTH, v_BKTH, place, window, cfg):
             return attention(block[0], k_BKTH, v_BKTH, block[1], place, window, cfg)
 
         return jnp.concatenate(jax.lax.map(attend, inputs), axis=1)
-    outs = []
-    for start in range(0, T, 128):
-        end = start + 128
-        keys, values = k_BKTH[:, :, :end], v_BKTH[:, :, :end]
-        q_place, k_place = between(place, start, end), between(place, 0, end)
-        outs.append(attention(q_BTNH[:, start:end], keys, values, q_place, k_place, window, cfg))
-    return jnp.concatenate(outs, axis=1)
-
-
-def between(place, start, end):
-    """The part of a pair (position, segment or None) of [B, T] arrays."""
-    return jax.tree.map(lambda x: x[:, start:end], place)
+    return attention(q_BTNH, k_BKTH, v_BKTH, place, place, window, cfg)
 
 
 def fused_attention(q_BTNH, k_BKTH, v_BKTH, window, cfg):
@@ -2243,7 +2237,7 @@ class Transformer(nnx.Module):
     def __call__(self, token_BT, position_BT, segment_BT=None, keep=False):
         """Whole sequences: final hidden states [B, T, D], keys and values of each layer.
 
-        Padding is any token at PAD_POSITION; T over 1,024 is a multiple of 512. The backward pass
+        Padding is any token at PAD_POSITION; T over 512 is a multiple of 512. The backward pass
         computes each layer again, except what its Linears computed if that is to be kept.
         """
         kept = jax.checkpoint_policies.save_only_these_names(*["linear"] * keep)
@@ -2433,7 +2427,7 @@ def rope_frequencies(rope, head_dim):
         frequency *= keep + (1 - keep) / rope["factor"]
     elif kind != "default":
         raise UserError(f"rope_type {kind!r} is not supported; use another --model")
-    return tuple(float(f) for f in frequency)
+    return tuple(frequency.tolist())
 
 
 def read_model_config(directory, dtype="float32", lora_rank=0):

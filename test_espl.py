@@ -1615,15 +1615,17 @@ LATEX = (
         (f"[{ADD}, {{'operation': 'add', 'principle': 'y'}}]", ["x", "y"]),
         (f'```json\n[{ADD}, {{"operation": "add", "principle": "cut of', ["x"]),
         (f'[{ADD}, {{"operation": "add", "principle": "cut of\\', ["x"]),
+        (f"<think>{FENCE.replace('x', 'z')}</think>{FENCE}", ["x"]),
         ('{"operations": [' + ADD + "]}", ["x"]),
         (FENCE + "\nNo: []", ["x"]),
         ("```json\n[]\n```", []),
         ("Nothing should change: [ ]\n", []),
-        ("So **[]**.", []),
+        ("<think>hm</think>\nSo **[]**.", []),
         ("We need [] to hold elements.", None),
         ('[{"principle": "x"}]', None),
-        ("", None),
-        ("No change.", None),
+        (f"<think>{FENCE}</think>No change.", None),
+        (f"<think>{FENCE}", None),
+        (f"{FENCE}<think>but", None),
     ],
 )
 def test_edits_are_read_as_carelessly_as_models_write_them(reply, principles):
@@ -1871,7 +1873,7 @@ def test_problems_that_a_mutation_reflects_on(flags, names):
         (["?", "?"], [], "(1 critiques unreadable)", 1),
         (["", json.dumps([remove("G0")])], [], "(0 critiques unreadable)", 0),
         ([f"[{ADD}]"], ["?", "```json\n[]\n```"], "['zero', 'one', 'x']", 0),
-        ([f"[{ADD}]"], ["?", "[] or not"], "unreadable", 1),
+        ([f"[{ADD}]"], ["?", "<think>[]"], "unreadable", 1),
         ([json.dumps([modify("G1", "1")])], ["[]"], "['zero', 'one']", 0),  # the plan decides
     ],
 )
@@ -1881,14 +1883,6 @@ def test_what_cannot_be_read_is_asked_for_once_more(critiques, plans, child, fai
     assert child in str(found) and dropped["unreadable reply"] == failed
     asked = [len(ask.asked[name]) for name in ("critique", "aggregate")]
     assert asked == [len(critiques), len(plans)]
-
-
-def test_an_empty_aggregate_section_needs_no_parser():
-    """`ask` returns "[]" for it, which a task's own grammar need not know."""
-    ask = Script(summarize=["s"] * 2, critique=["x"], aggregate=["[]"])
-    r = tournament(ask, [[graded(FOUR_PROBLEMS["a"], "a", PARENT)]])
-    r.parse = lambda reply: [{"operation": "add", "principle": reply}] if reply == "x" else None
-    assert espl.mutate(r)[0] == [*PARENT.principles, "x"]
 
 
 def test_only_the_unreadable_ones_are_asked_again():
@@ -2195,6 +2189,16 @@ def test_a_task_does_not_replace_a_module_of_pythons(tmp_path):
     (tmp_path / "math.py").write_text(f"reward = len\n{problems}")
     task = espl.load_task(espl.Config(task=str(tmp_path / "math.py")))
     assert task.name == "math" and sys.modules["math"] is math
+
+
+def test_a_task_may_grade_in_processes(tmp_path):
+    """They must find its functions by module and name."""
+    path = tmp_path / "pooled.py"
+    path.write_text(
+        "import pickle\ndef work(text): return len(text)\n"
+        "def reward(record, text): return pickle.loads(pickle.dumps(work))(text)"
+    )
+    assert espl.task_module(str(path)).reward({}, "abc") == 3
 
 
 # ==================================================================================================
@@ -2832,10 +2836,10 @@ BAD_FLAGS = [
     ("--task {d}/fails.py", "fails.py has no problems .*division by zero"),
     ("--task {d}/none.py", "none.py has no test problems"),
     ("--population {d}/empty.json", "empty.json is no list of prompts"),
-    ("--population {d}/text.json", "text.json is no list of prompts .* a list of texts"),
-    ("--population {d}/number.json", "number.json is no list of prompts .* a list of texts"),
-    ("--population {d}/null.json", "null.json is no list of prompts .* a list of texts"),
-    ("--population {d}/field.json", "field.json is no list of prompts .*colour"),
+    ("--population {d}/text.json", "text.json is no list of prompts, whose principles are texts"),
+    ("--population {d}/number.json", "number.json is no list of prompts, whose .*int found"),
+    ("--population {d}/null.json", "null.json is no list of prompts, whose .*None"),
+    ("--population {d}/field.json", "field.json is no list of prompts, .*colour"),
     ("--model nobody/nothing", "cannot get nobody/nothing"),
     ("--model {d}/gpt2", "gpt2.*llama"),
     ("--model {d}/narrow", "tensor embed_tokens.weight is .*64, 16.*60, 16"),
@@ -2975,7 +2979,7 @@ def test_espl_is_plain():
     ours = {path.stem for path in SOURCE.parent.rglob("*.py")}
     assert not {name.split(".")[0] for name in imported} & ours
     assert longest <= 50
-    assert tokens <= 19_110 and source.count("\n") <= 2_555
+    assert tokens <= 18_900 and source.count("\n") <= 2_550
 
 
 if __name__ == "__main__":
