@@ -9,26 +9,26 @@ gradient, its system prompts by evolution: selection, TrueSkill ratings, reflect
     python espl.py --train-file train.jsonl --test-file test.jsonl --model DIR
     python espl.py --resume runs/aime-espl-20260214-120000
 
-Algorithm 1, its lines counted from "Initialize S" without "end for", and where they are here:
+Algorithm 1, its lines numbered from "Initialize S" without "end for", and where they are here:
 
     line   what                                                        function             at line
-    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1269
+    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1267
     2      while not converged                                         train                  197
     3      sample problems x ~ D                                       next_problems          279
     4      select system prompts s_i from S by mu + lambda sigma       select                 428
     5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          338
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1198
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1196
     8      the advantages r_ij - V_i                                   set_advantages        382
     8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              795
     9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              759
-    10-11  rank the s_i by V_i; TrueSkill.update                       update_ratings        448
+    10-11  rank the s_i by V_i; TrueSkill.update                       update_ratings        447
     12     k <- argmax_i V_i                                           argmax                423
-    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 521
-    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              466
-    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              566
+    13-15  reflect on s_k's rollouts; diff ~ pi_ref; git.apply         mutate                 520
+    16     S.append(s_mutate, mu_k, sigma_k + dsigma)                  add_child              465
+    17-21  with p_crossover: Algorithm 2; S.append(s', mu', sigma')    crossover              565
 
-Sections: 2 flags, 3 Algorithm 1, 4 evolution, 5 RL update, 6 tasks and words, 7 a run; then the
-engine, which a reader of the paper need not open: 8 sampling, 9 the model and its weights.
+Sections: 1 this text, 2 flags, 3 Algorithm 1, 4 evolution, 5 RL update, 6 tasks and words, 7 a run;
+then the engine, which a reader of the paper need not open: 8 sampling, 9 the model and its weights.
 
 Objects have short names: c (Config), run (Run), s (SystemPrompt), x (Problem), y (Rollout), g
 (Group), r (Tournament), cfg (ModelConfig). V_i is a prompt's mean reward over the batch, V[i,b]
@@ -121,7 +121,7 @@ def flag(default, text, group="", low=0, high=math.inf, choices=""):
 class Config:
     """Everything that decides a run. Each field is a flag: batch_size is --batch-size."""
 
-    task: str = flag("", "NAME or NAME:ARGUMENT of tasks/NAME.py, or a path; '': glyphs", "Task")
+    task: str = flag("", "NAME[:ARGUMENT], or a path; '': glyphs; mathematics with files", "Task")
     train_file: str = flag("", "JSONL of training problems, instead of the task's")
     test_file: str = flag("", "JSONL of test problems, instead of the task's")
     train_size: int = flag(256, "most training problems, validation included", low=1)
@@ -146,7 +146,7 @@ class Config:
     learning_rate: float = flag(4e-5, "Adam's; betas (0.9, 0.95), eps 1e-8", "RL update")
     loss: str = flag("importance_sampling", "surrogate for J", choices=LOSSES)
     baseline: str = flag("prompt", "V[i,b], or mean over prompts", choices="prompt marginal")
-    clip: float = flag(0.2, "ppo, cispo: ratios within 1 +- this; take 1 - top_p or more", high=1)
+    clip: float = flag(0.2, "ppo, cispo: ratios within 1 +- this; at least 1 - top_p", high=1)
     kl_coef: float = flag(0.0, "beta, weight of KL(pi_theta || pi_ref)")
     max_grad_norm: float = flag(0.0, "clip the gradient's global norm (0: off)")
     mask_truncated: bool = flag(False, "do not train on responses cut at the limit")
@@ -162,7 +162,7 @@ class Config:
     selection: str = flag("top_random", "how prompts are chosen", "Evolution", choices=SELECTIONS)
     selection_temperature: float = flag(1.0, "of --selection softmax", low=1e-6)
     ucb_lambda: float = flag(2.0, "lambda: acquisition score = mu + lambda sigma")
-    window: int = flag(10, "only this many of the newest prompts can be selected", low=1)
+    window: int = flag(10, "how many of the newest prompts can be selected", low=1)
     p_crossover: float = flag(0.2, "chance of crossover in an iteration", high=1)
     delta_sigma: float = flag(1.0, "uncertainty added to a child's rating")
     population: str = flag("", "population.json to start from, ratings and lineage kept")
@@ -222,9 +222,9 @@ def espl_iteration(run, iteration):
     rng = np.random.default_rng(run.seed(f"evolution/{iteration}"))
     problems = next_problems(run, iteration)  # Alg. 1, line 3
 
-    # Line 4. The rollouts of missing prompts go to the others: every mode samples M N per problem.
     evolves = c.mode in ("espl", "evolution")
-    prompts = select(run.population, c, rng) if evolves else [tested_prompt(run)]
+    prompts = select(run.population, c, rng) if evolves else [tested_prompt(run)]  # line 4
+    # The rollouts of missing prompts go to the others: every mode samples M N per problem.
     each, extra = divmod(c.num_prompts * c.num_rollouts, len(prompts))
 
     # Lines 5-7: groups[i][b] holds the graded rollouts of prompt i on problem b.
@@ -286,7 +286,7 @@ def next_problems(run, iteration):
 
 @dataclass
 class Rollout:
-    """A prompt, the response that is sampled to it, and its grade."""
+    """A prompt, a response sampled for it, and its grade."""
 
     prompt: list[int]  # token ids
     tokens: list[int] = field(default_factory=list)  # the response, its end-of-sequence included
@@ -330,7 +330,7 @@ class Group:
 
 
 def mean_reward(groups):
-    """Mean reward of all rollouts; the same rewards in any order have the same mean."""
+    """Mean reward of all rollouts, exactly equal in any order."""
     rewards = [y.reward for g in groups for y in g.rollouts]
     return math.fsum(rewards) / len(rewards)
 
@@ -428,15 +428,14 @@ def argmax(values, rng):
 def select(population, c, rng):
     """Chooses M distinct prompts of the window, or all if there are fewer (Alg. 1, line 4)."""
     window = population[-min(c.window, MAX_POOL_SIZE) :]
-    rng.shuffle(window)  # random between equals; for uniform nothing more is to be done
+    rng.shuffle(window)  # ties in random order; uniform needs no more
     scores = {s.id: s.mu + c.ucb_lambda * s.sigma for s in window}  # acquisition scores
     match c.selection:
         case "top_random":  # section Selection: the highest score, and random others
             top = max(scores, key=scores.get)
             window.sort(key=lambda s: s.id != top)
         case "softmax":  # p_i ~ exp(score / T) without replacement, by the Gumbel-top-k trick
-            T = c.selection_temperature
-            window.sort(key=lambda s: -scores[s.id] / T - rng.gumbel())
+            window.sort(key=lambda s: -scores[s.id] / c.selection_temperature - rng.gumbel())
         case "ucb":
             window.sort(key=lambda s: -scores[s.id])
         case "lucb":  # the highest lower bound, then the highest upper bounds
@@ -508,10 +507,10 @@ class Tournament:
         return self.prompts[self.best]
 
     def ask_for_edits(self, request, slots):
-        """Replies as lists of edits. An unreadable one is asked for once more, then it is None."""
+        """Replies as lists of edits. An unreadable one is requested once more, then None."""
         edits = [self.parse(reply) for reply in self.ask(request, slots)]
         again = [i for i, found in enumerate(edits) if found is None]
-        if again and self.config.reflect_temperature > 0:
+        if again and self.config.reflect_temperature > 0:  # greedily it would be the same
             for i, reply in zip(again, self.ask(request, [slots[i] for i in again])):
                 edits[i] = self.parse(reply)
         self.dropped["unreadable reply"] += edits.count(None)
@@ -554,7 +553,7 @@ def mutate(r):
         raise NoChild(f"no valid edit proposed ({critiques.count(None)} critiques unreadable)")
 
     # Appendix Local-to-Global Aggregation: one request for all proposals. Added principles are
-    # candidates of the list already; proposed modifications are only suggestions.
+    # already in the list; proposed modifications are only suggestions.
     candidates = principles | added
     slots = {"principles": listing(candidates), "suggestions": "\n".join(changes) or "(none)"}
     [plan] = r.ask_for_edits("aggregate", [slots])
@@ -638,7 +637,8 @@ def parse_edits(reply):
     text = final_text(reply)
     fenced = re.findall(r"```(?:json)?\s*(.*?)(?:```|\Z)", text, re.S)
     for block in [*reversed(fenced), text]:
-        whole = block[: block.rfind("}") + 1]
+        # Up to the last brace that can end an edit; one of LaTeX follows something else.
+        whole = "".join(re.findall(r"""\A.*["'\],]\s*\}""", block, re.S))
         # With a single backslash \frac is LaTeX, and not a form feed before "rac".
         whole = re.sub(r"(?<!\\)\\(?=[bfrt][a-zA-Z]|n(?:eq(?![a-z])|abla|u\b))", r"\\\\", whole)
         with contextlib.suppress(Exception):  # some replies make the parser fail
@@ -694,7 +694,7 @@ def accepted(edit, kinds, ids, problems, r):
 
 
 def leaks(principle, problem):
-    """Whether a principle has twelve words of a problem in a row (all of fewer), or its answer."""
+    """Whether a principle has 12 words of a problem in a row (all, if 6 to 11), or its answer."""
     said, words = (re.findall(r"\w+", x.lower()) for x in (principle, problem.question))
     size = max(6, min(12, len(words)))  # fewer words are too common to be recognised
     parts = {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
@@ -761,7 +761,7 @@ def rl_update(trainer, rollouts, total):
 
     total counts all sampled rollouts, also those left out. Without rollouts no step is made. Since
     they come from the current weights, the importance ratio is, up to rounding, the mass of the
-    sampler's nucleus, in [top_p, 1]. A second call is off policy, for which reinforce has no ratio.
+    sampler's nucleus, in [top_p, 1]. A second call is off policy; reinforce does not correct that.
     """
     policy, objective = trainer.policy, trainer.objective
     rollouts = [y for y in rollouts if y.tokens]
@@ -812,7 +812,7 @@ def kl_estimators(logp, ref_logp, ratio):
     """Two terms per token for KL(pi_theta || pi_ref): one has its value, one has its gradient.
 
     k3 estimates the value. On samples of pi_theta its gradient is that of KL(pi_ref || pi_theta),
-    the other way round. That of k2 is right, off policy weighted by the ratio. (Schulman's names.)
+    the other way round. That of k2 is right, weighted by the ratio if off policy. (after Schulman)
     """
     log_ratio = logp - ref_logp
     k3 = jnp.exp(-log_ratio) + log_ratio - 1
@@ -873,11 +873,10 @@ def token_logprobs(model, hidden_BTD, target_BT, mask_BT, temperature):
     Works through blocks of tokens, recomputed in the backward pass, so that [B, T, V] never exists.
     Tokens without a target (mask) come last; a block of them costs nothing and gets zeros.
     """
-    size = math.gcd(target_BT.size, LOGITS_BLOCK)
     order = jnp.argsort(~mask_BT.reshape(-1))
     tokens = [x.reshape(-1, *x.shape[2:])[order] for x in (mask_BT, hidden_BTD, target_BT)]
     # The devices share the tokens of each block.
-    blocks = [constrain(x.reshape(-1, size, *x.shape[1:]), None, "data") for x in tokens]
+    blocks = [constrain(x.reshape(-1, LOGITS_BLOCK, *x.shape[1:]), None, "data") for x in tokens]
 
     def logprobs(hidden, target):
         logp = jax.nn.log_softmax(model.logits(hidden) / temperature)
@@ -887,7 +886,7 @@ def token_logprobs(model, hidden_BTD, target_BT, mask_BT, temperature):
     @jax.checkpoint
     def block(x):
         mask, *rest = x  # sorted: the first token is masked only if all are
-        return jax.lax.cond(mask[0], logprobs, lambda *_: (jnp.zeros(size),) * 2, *rest)
+        return jax.lax.cond(mask[0], logprobs, lambda *_: (jnp.zeros(LOGITS_BLOCK),) * 2, *rest)
 
     out = jax.lax.map(block, blocks)
     return tuple(x.reshape(-1)[jnp.argsort(order)].reshape(target_BT.shape) for x in out)
@@ -938,7 +937,7 @@ def row_length(row, shared):
 
 
 def packing_cost(rollouts, shared, cfg):
-    """Relative work of all rows: T queries on T keys (slow on CPUs), and T tokens' products."""
+    """Relative work of all rows: attention (slow on CPUs) and matrix products."""
     lengths = [row_length(row, shared) for row in pack(rollouts, shared)]
     return sum(T * (4 * T + 6 * cfg.model_dim) for T in lengths)
 
@@ -957,8 +956,7 @@ def fill_rows(rows, shape, segments):
             inputs = [last, *y.tokens[:-1]]
             for j, logp in enumerate(y.logprobs):
                 sampled = (0, 0) if logp is None else (1, logp)
-                position = len(prompt) + j
-                columns.append((inputs[j], position, i, y.tokens[j], *sampled, y.advantage))
+                columns.append((inputs[j], len(prompt) + j, i, y.tokens[j], *sampled, y.advantage))
         table[b, : len(columns)] = columns
     batch = {name: table[name] for name in table.dtype.names}
     if not segments:
@@ -996,7 +994,7 @@ class Problem:
 
 @dataclass
 class Task:
-    """What is learned. The rest of this file knows nothing else about a task (docs/tasks.md)."""
+    """A task. The rest of this file knows nothing else about it (docs/tasks.md)."""
 
     name: str
     file: str
@@ -1073,7 +1071,7 @@ def read_problems(records, path, task, module):
         if path and not record.strip():
             continue
         where = f"{path or task}:{n}"
-        with explained(f"{where} needs problem|question, answer|groundtruth|golden_answers"):
+        with explained(f"{where} needs `problem` or `question`, and `answer`"):
             record = prepare(json.loads(record) if path else record)
             question = (record.get("problem") or record["question"]).strip()
             answers = record.get("answer", record.get("groundtruth", record.get("golden_answers")))
@@ -1086,10 +1084,10 @@ def read_problems(records, path, task, module):
 
 
 def answer_text(answer):
-    """An answer as text: 142.0 is 142. Raises ValueError if it is none."""
+    """An answer as text: 142.0 is 142. Raises ValueError if it is not one."""
     text = f"{answer:.15g}" if isinstance(answer, float) else str(answer).strip()
     if type(answer) not in (str, int, float) or text in ("", "nan", "inf", "-inf"):
-        raise ValueError(f"{answer!r} is no answer")
+        raise ValueError(f"{answer!r} is not an answer")
     return text
 
 
@@ -1247,7 +1245,7 @@ class Run:
         return Path(self.config.run_dir)
 
     def seed(self, purpose):
-        """The seed of one use of randomness. A resumed run makes the same generators again."""
+        """The seed of one use of randomness. Stateless, so a resumed run draws the same."""
         return self.config.seed, zlib.crc32(purpose.encode())
 
     def append(self, file, record):
@@ -1296,7 +1294,7 @@ def start_run(c):
 
 def read_population(path):
     """A population.json, of an earlier run or edited by hand; only `principles` must be there."""
-    with explained(f"--population {path} is no list of prompts, whose principles are texts"):
+    with explained(f"--population {path} must be a list of prompts with lists of principles"):
         entries, population = json.loads(Path(path).read_text(encoding="utf-8-sig")), []
         ids = {entry.get("id", i): i for i, entry in enumerate(entries)}  # some may be cut out
         for i, entry in enumerate(entries):
@@ -1330,7 +1328,7 @@ def open_directory(run):
             if old != new:
                 raise UserError(f"{file} has changed since the run began; put it back to resume")
     elif config.is_file():
-        raise UserError(f"--run-dir {run.directory} has a run; continue it with --resume")
+        raise UserError(f"--run-dir {run.directory} holds a run; continue it with --resume")
     write_whole(config, dataclasses.asdict(c) | {"resume": "", "distributed": "", "files": hashes})
 
 
@@ -1378,8 +1376,8 @@ def fit_request(chat, template, slots, limit):
 def ask_server(c, prompts, first):
     """Replies of --reflector URL#NAME, by OpenAI's protocol, with the server's sampling options.
 
-    A request that fails is a UserError in the first iteration, later it has an empty reply, as has
-    one that is too long for the server. The key is taken from OPENAI_API_KEY.
+    A failed request is a UserError in the first iteration. Later, or if it is too long for the
+    server, its reply is empty. The key is taken from OPENAI_API_KEY.
     """
     import openai
 
@@ -1482,9 +1480,9 @@ def trained_state(run):
 
 
 def resume(run):
-    """Goes back to the latest checkpoint that is whole, and cuts the logs there.
+    """Goes back to the latest readable checkpoint, and cuts the logs there.
 
-    Returns its iteration; -1: the run had not come to its first checkpoint.
+    Returns its iteration; -1: the run has no checkpoint yet.
     """
     done = -1
     with checkpoints(run) as manager:
@@ -1497,13 +1495,14 @@ def resume(run):
             except Exception as e:
                 warn(f"checkpoint {step} is damaged ({first_line(e)}); trying the one before")
         if steps and done < 0:
-            raise UserError(f"{run.directory} has no whole checkpoint; start a new run")
+            raise UserError(f"{run.directory} has no readable checkpoint; start a new run")
         for step in steps:
             if step > done:
                 manager.delete(step)
     if jax.process_index() == 0:
-        for log in run.directory.glob("*.jsonl"):
-            cut_log(log, done)
+        for log in ("metrics", "rollouts", "reflections"):
+            with contextlib.suppress(FileNotFoundError):
+                cut_log(run.directory / f"{log}.jsonl", done)
     return done
 
 
@@ -1520,7 +1519,7 @@ def cut_log(path, iteration):
 
 def write_whole(path, value):
     """Writes JSON in one step: a reader, or a crash, sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
     part.replace(path)
 
@@ -1581,7 +1580,7 @@ def first_line(error):
 
 
 def say(text, file=None):
-    """Prints beside progress bars, on one process only. A screen that is gone ends no run."""
+    """Prints beside progress bars, on one process only. A closed terminal ends no run."""
     if jax.process_index() == 0:
         with contextlib.suppress(OSError, ValueError):
             tqdm.write(text, file or sys.stdout)
@@ -1660,7 +1659,7 @@ def parse_args(argv):
 
     saved = saved_flags(given) if "resume" in given else {}
     files = "train_file" in given or "test_file" in given
-    task = (saved | given).get("task", "mathematics" if files else "glyphs")
+    task = (saved | given).get("task") or ("mathematics" if files else "glyphs")
     name, colon, argument = task.partition(":")
     if name.endswith(".py"):
         name = absolute(name)
@@ -1669,8 +1668,8 @@ def parse_args(argv):
     with explained(f"task {task} has wrong DEFAULTS"):
         c = Config(**defaults | saved | given | {"task": task})
         for f in dataclasses.fields(c):
-            value, (_, _, low, high, choices) = getattr(c, f.name), f.metadata.values()
-            kind = type(f.default)
+            *_, low, high, choices = f.metadata.values()
+            value, kind = getattr(c, f.name), type(f.default)
             if not isinstance(value, (kind, int)) or value not in (choices.split() or [value]):
                 raise ValueError(f"{f.name} cannot be {value!r}")  # argparse checked the flags
             if kind is not str and not low <= value <= high:
@@ -1771,7 +1770,7 @@ def generate(policy, theta, rollouts, sampling, environment=None):
     may cut tokens and logprobs off the response first.
 
     Up to rounding, batching does not affect a response: it depends on the weights, the seed, its
-    prompt and its place in the list. A prompt without room in the context gets an empty one.
+    prompt and its place in the list. A prompt without room in the context gets an empty response.
     """
     waiting = deque()
     for i, y in enumerate(rollouts):
@@ -1852,15 +1851,17 @@ def admit(policy, theta, cache, live, waiting):
 
 def decode(policy, theta, cache, live, sampling):
     """Up to DECODE_CHUNK steps. Returns the cache, and (tokens, log-probabilities) of each row."""
-    rows, length = [(0, 0, 0, (0, 0))] * len(live), cache[0][0].shape[2]
+    length = cache[0][0].shape[2]
+    token, position, steps = np.zeros((3, len(live)), np.int32)
+    key = np.zeros((len(live), 2), np.uint32)
     for i, y in enumerate(live):
         if y:
-            position = len(so_far(y)) - 1
-            steps = min(y.room - len(y.tokens), length - position)
-            rows[i] = so_far(y)[-1], position, steps, y.key
-    *state, keys = zip(*rows)
-    state = *np.array(state, np.int32), np.array(keys, np.uint32)
-    cache, *sampled = decode_chunk(policy, theta, cache, *state, *sampling[:2])
+            token[i] = so_far(y)[-1]
+            position[i] = len(so_far(y)) - 1
+            steps[i] = min(y.room - len(y.tokens), length - position[i])
+            key[i] = y.key
+    state = token, position, steps, key, sampling.temperature, sampling.top_p
+    cache, *sampled = decode_chunk(policy, theta, cache, *state)
     tokens, logprobs = map(np.asarray, sampled)
     return cache, list(zip(tokens.T, logprobs.T))
 
@@ -1871,15 +1872,16 @@ def postprocess(y, tokens, logprobs, stop_ids, environment):
     y.tokens += tokens[:n].tolist()
     y.logprobs += logprobs[:n].tolist()
     reply = environment(y) if environment else None
-    if reply and len(y.tokens) + len(reply) < y.room:
+    if reply is None:
+        if y.tokens[-1] in stop_ids:
+            y.stop = "eos"
+        elif len(y.tokens) < y.room:
+            return "goes on"
+    elif reply and len(y.tokens) + len(reply) < y.room:
         y.tokens += reply
         y.logprobs += [None] * len(reply)
         return "replied"
-    if reply is None and y.tokens[-1] in stop_ids:
-        y.stop = "eos"
-        return "ended"
-    full = len(y.tokens) == y.room
-    return "ended" if full or reply is not None else "goes on"
+    return "ended"
 
 
 def count_sampled(rollouts):
@@ -1888,7 +1890,7 @@ def count_sampled(rollouts):
 
 
 def bucket(n):
-    """The power of two that holds n, from 128 on; beyond 4,096 also quarters: few compilations."""
+    """n rounded up to 128, 256, ...; beyond 4,096 to quarters between them. Few compilations."""
     power = max(128, 1 << (n - 1).bit_length())
     eighth = power // 8
     return power if n <= 4096 else -(-n // eighth) * eighth
@@ -2037,14 +2039,14 @@ class ModelConfig:
     tied: bool = True  # the output projection is the embedding
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm on each query and key head before RoPE
-    gemma: bool = False  # its norms, also behind attention and MLP; scaled embeddings; GELU
+    gemma: bool = False  # its norms, also after attention and MLP; scaled embeddings; GELU
     attention_scale: float = 1.0
     attention_cap: float = 0.0  # tanh soft cap on attention scores; 0: none
     logit_cap: float = 0.0  # tanh soft cap on the final logits; 0: none
     dtype: str = "float32"  # of activations and frozen weights; trained weights are float32
     lora_rank: int = 0  # 0: no adapter
     frozen: bool = False  # without an adapter: no weight is trained
-    fused: bool = False  # cuDNN attends long sequences
+    fused: bool = False  # cuDNN's attention for rows of one sequence
 
     @property
     def weight_dtype(self):
@@ -2122,7 +2124,7 @@ def attention(q_BTNH, k_BKSH, v_BKSH, q_place, k_place, window, cfg):
 
 
 def sequence_attention(q_BTNH, k_BKTH, v_BKTH, place, window, cfg):
-    """Attention within whole sequences, in which no token sees a later one.
+    """Causal attention over whole sequences.
 
     The queries of long sequences go in blocks, recomputed one by one in the backward pass, so that
     [T, T] scores never exist.
@@ -2240,7 +2242,7 @@ class Transformer(nnx.Module):
         Padding is any token at PAD_POSITION; T over 512 is a multiple of 512. The backward pass
         computes each layer again, except what its Linears computed if that is to be kept.
         """
-        kept = jax.checkpoint_policies.save_only_these_names(*["linear"] * keep)
+        kept = jax.checkpoint_policies.save_only_these_names("linear" if keep else "")
         layer = jax.checkpoint(Block.__call__, policy=kept)
         x_BTD, keys_values = self.embed(token_BT), []
         for block in self.layers:
@@ -2538,7 +2540,7 @@ def open_tensors(directory):
             for name in handle.keys():  # noqa: SIM118  (it is no dict)
                 short = re.sub(r"^(model\.|language_model\.)+", "", name)
                 if short in tensors:
-                    raise ValueError(f"{name} is there twice; remove the older file")
+                    raise ValueError(f"{name} appears twice; remove the older file")
                 if not re.search("vision_tower|multi_modal_projector|rotary_emb", name):
                     tensors[short] = handle.get_slice(name)
     return tensors

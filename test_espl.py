@@ -1198,7 +1198,7 @@ def test_a_checkpoint_in_several_files(hf_model, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     assert_same_weights(load(tmp_path), load(directory))
     (tmp_path / "model.safetensors.index.json").unlink()
-    with pytest.raises(espl.UserError, match="is there twice"):
+    with pytest.raises(espl.UserError, match="appears twice"):
         load(tmp_path)
 
 
@@ -1615,6 +1615,7 @@ LATEX = (
         (f"[{ADD}, {{'operation': 'add', 'principle': 'y'}}]", ["x", "y"]),
         (f'```json\n[{ADD}, {{"operation": "add", "principle": "cut of', ["x"]),
         (f'[{ADD}, {{"operation": "add", "principle": "cut of\\', ["x"]),
+        (f'[{ADD}, {{"operation": "add", "principle": "\\frac{{1}}{{n}} cut of', ["x"]),
         (f"<think>{FENCE.replace('x', 'z')}</think>{FENCE}", ["x"]),
         ('{"operations": [' + ADD + "]}", ["x"]),
         (FENCE + "\nNo: []", ["x"]),
@@ -2038,7 +2039,7 @@ def test_records_become_problems(record, question, answers, tmp_path):
 
 @pytest.mark.parametrize("answer", ["1e400", "NaN", "true", "null", '""', "[]", "{}", '["a", ""]'])
 def test_what_is_no_answer_is_refused(answer, tmp_path):
-    with pytest.raises(espl.UserError, match="a:1 needs problem"):
+    with pytest.raises(espl.UserError, match="a:1 needs `problem`"):
         lesson(tmp_path, [f'{{"problem": "p", "answer": {answer}}}\n'])
 
 
@@ -2542,8 +2543,17 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(run_of, tmp_path, capsy
     for checkpoint in (path / "checkpoints").iterdir():
         damage(checkpoint)
     assert espl.main(["--resume", str(path)]) == 2
-    assert "has no whole checkpoint" in capsys.readouterr().err
+    assert "has no readable checkpoint" in capsys.readouterr().err
     assert read_lines(run, "rollouts") == read_lines(run_of("espl"), "rollouts")
+
+
+def test_resuming_cuts_the_logs_and_no_other_file(tmp_path):
+    """A user may keep the problems in the directory of the run."""
+    for name in ("metrics.jsonl", "train.jsonl"):
+        (tmp_path / name).write_text('{"iteration": 3}\n')
+    assert espl.resume(SimpleNamespace(directory=tmp_path)) == -1
+    assert not (tmp_path / "metrics.jsonl").read_text()
+    assert (tmp_path / "train.jsonl").read_text()
 
 
 def test_only_one_process_writes_a_run(run_of, capsys):
@@ -2765,7 +2775,7 @@ def test_failures_that_end_no_run(exam, tmp_path, capsys):
 
     directory = tmp_path / "run"
     directory.mkdir()
-    for name in ("rollouts.jsonl", "population.json.part"):
+    for name in ("rollouts.jsonl", "population.part"):
         (directory / name).symlink_to("/dev/full")
     argv = command(exam, directory, "--mode", "espl", "--iterations", 1)
     run = play(argv, ask=broken, checkpoints=broken)
@@ -2824,8 +2834,8 @@ BAD_FLAGS = [
     ("--train-file {d}/none.jsonl", r"cannot read .*none\.jsonl"),
     ("--train-file {d}/empty.jsonl", "no training problems"),
     ("--test-file {d}/empty.jsonl", "has no test problems; give it a --test-file"),
-    ("--train-file {d}/malformed.jsonl", r"malformed\.jsonl:2 needs problem"),
-    ("--train-file {d}/silent.jsonl", r"silent\.jsonl:1 needs problem"),
+    ("--train-file {d}/malformed.jsonl", r"malformed\.jsonl:2 needs `problem`"),
+    ("--train-file {d}/silent.jsonl", r"silent\.jsonl:1 needs `problem`"),
     ("--prompts-file {d}/binary.txt", "cannot read the prompts"),
     ("--task glyph", "--task glyph: there is no .*glyph.py"),
     ("--task {d}/syntax.py", "cannot load .*syntax.py .*invalid syntax"),
@@ -2835,18 +2845,18 @@ BAD_FLAGS = [
     ("--prompts-file {d}/texts.txt", r"\[critique\] lacks the slot"),
     ("--task {d}/fails.py", "fails.py has no problems .*division by zero"),
     ("--task {d}/none.py", "none.py has no test problems"),
-    ("--population {d}/empty.json", "empty.json is no list of prompts"),
-    ("--population {d}/text.json", "text.json is no list of prompts, whose principles are texts"),
-    ("--population {d}/number.json", "number.json is no list of prompts, whose .*int found"),
-    ("--population {d}/null.json", "null.json is no list of prompts, whose .*None"),
-    ("--population {d}/field.json", "field.json is no list of prompts, .*colour"),
+    ("--population {d}/empty.json", "empty.json must be a list of prompts"),
+    ("--population {d}/text.json", "text.json must be a list of prompts with lists of principles"),
+    ("--population {d}/number.json", "number.json must be a list of prompts .*int found"),
+    ("--population {d}/null.json", "null.json must be a list of prompts .*None"),
+    ("--population {d}/field.json", "field.json must be a list of prompts .*colour"),
     ("--model nobody/nothing", "cannot get nobody/nothing"),
     ("--model {d}/gpt2", "gpt2.*llama"),
     ("--model {d}/narrow", "tensor embed_tokens.weight is .*64, 16.*60, 16"),
     ("--model {d}/mute", "tokenizer"),
     ("--model-parallel 3", "--model-parallel 3 does not divide the devices"),
     ("--run-dir {exam}/exam.py", "cannot write --run-dir .*exam.py"),
-    ("--run-dir {exam}/evolution", "has a run; continue it with --resume"),
+    ("--run-dir {exam}/evolution", "holds a run; continue it with --resume"),
     ("--distributed here", "--distributed"),
 ]
 

@@ -2,9 +2,9 @@
 
     pip install reasoning-gym
     python espl.py --task gym:chain_sum                    # trains on level 0, tests on level 1
-    python espl.py --task gym:chain_sum,level=1,test_level=4,max_digits=3
+    python espl.py --task gym:chain_sum,level=1,test_level=4,test_size=64,max_digits=3
 
-What follows the levels are settings of the data set (docs/tasks.md). The package is used in a
+What follows these three are settings of the data set (docs/tasks.md). The package is used in a
 process of its own, which runs this file: there hashes of strings, on which some generators depend,
 are the same in every run; and each answer is graded in a fork with limits of time, memory and
 access, since some graders call eval() on what the model wrote.
@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 
-TEST_SIZE = 128
+OURS = {"level": 0, "test_level": 1, "test_size": 128}  # settings of this file, with defaults
 GRADE_SECONDS = 5  # of time, for each answer
 GRADE_BYTES = 2 * 2**30  # of address space
 MAKE_SECONDS = 30  # until a new problem is there; else there are no more
@@ -46,7 +46,7 @@ def problems(config):
     if config.train_file or config.test_file:
         raise ValueError("gym makes its own problems; leave out --train-file and --test-file")
     seed = config.seed % 1024 * 2**21
-    made = start([config.task_argument or "chain_sum", seed, config.train_size, TEST_SIZE])
+    made = start([config.task_argument or "chain_sum", seed, config.train_size])
     if "error" in made:
         raise ValueError(made["error"])
     if made["note"]:
@@ -87,7 +87,7 @@ def reward(record, response):
 # ---- What runs in that process
 
 
-def serve(spec, seed, train_size, test_size):
+def serve(spec, seed, train_size):
     """Prints the problems, or an error; then, for each line [part, question, response], a grade."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that a library prints may look like a reply
@@ -97,7 +97,7 @@ def serve(spec, seed, train_size, test_size):
 
     sys.dont_write_bytecode = True
     try:
-        parts, note = make(spec, seed, train_size, test_size)
+        parts, note = make(spec, seed, train_size)
     except Exception as e:
         advice = ": pip install reasoning-gym" if isinstance(e, ImportError) else ""
         say({"error": f"{str(e) or type(e).__name__}{advice}"})
@@ -117,9 +117,10 @@ def serve(spec, seed, train_size, test_size):
         say(graded(data_set, entries[question], response))
 
 
-def make(spec, seed, train_size, test_size):
+def make(spec, seed, train_size):
     """{"train": …, "test": …} as of `draw`, and "" or why the test problems are not harder."""
-    name, level, test_level, settings = read_spec(spec)
+    name, settings = read_spec(spec)
+    level, test_level, test_size = (settings.pop(key) for key in OURS)
     note, of_test = "", settings | {"seed": seed + 2**20}
     try:
         test = draw(name, test_level, of_test, test_size)
@@ -138,7 +139,7 @@ def make(spec, seed, train_size, test_size):
 
 
 def read_spec(spec):
-    """(name, level, test level, settings) of "name,level=0,test_level=1,key=value"."""
+    """(name, settings) of "name,key=value", with those of OURS."""
     from reasoning_gym.factory import DATASETS
 
     name, *pairs = re.split(r",(?=\w+=)", spec)
@@ -148,8 +149,7 @@ def read_spec(spec):
         raise ValueError(
             f"gym:{name}: reasoning-gym has no such data set; it has {', '.join(close)}"
         )
-    defaults = vars(DATASETS[name][1]()) | {"level": 0, "test_level": 1}
-    settings = {"level": 0, "test_level": 1}
+    defaults, settings = vars(DATASETS[name][1]()) | OURS, OURS.copy()
     for pair in pairs:
         key, _, value = pair.partition("=")
         if key not in defaults or key in ("seed", "size"):
@@ -162,7 +162,7 @@ def read_spec(spec):
         if kind in (int, float, bool, str, list, tuple) and type(value) not in right:
             raise ValueError(f"gym:{name}: {key}={value} must be of type {kind.__name__}")
         settings[key] = value
-    return name, settings.pop("level"), settings.pop("test_level"), settings
+    return name, settings
 
 
 def level_config(name, level, settings):

@@ -921,7 +921,7 @@ def gym(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     source = (TASKS / "gym.py").read_text()
     source = re.sub("(GRADE_SECONDS|MAKE_SECONDS) = [0-9]+", r"\1 = 1", source)
-    (tmp_path / "gym.py").write_text(source.replace("TEST_SIZE = 128", "TEST_SIZE = 20"))
+    (tmp_path / "gym.py").write_text(source.replace('"test_size": 128', '"test_size": 20'))
     return f"{tmp_path}/gym.py"
 
 
@@ -939,6 +939,8 @@ def test_gym_problems(gym, capfd):
     assert tasks[0].test == tasks[1].test != tasks[2].test
     assert "<answer>" in tasks[0].texts["system"]
     assert not capfd.readouterr().err
+    few = load_task(*argv, f"{gym}:sums,test_size=3", "--seed", 3)
+    assert [x.question for x in few.test] == [x.question for x in tasks[0].test[:3]]
     same = load_task(*argv, f"{gym}:sums,digits=1")  # of 100: what is tested is not trained on
     assert not {x.question for x in same.train + same.val} & {x.question for x in same.test}
     a, b = (load_task(*argv, f"{gym}:hashes") for _ in range(2))
@@ -968,7 +970,7 @@ def test_gym_says_when_the_test_is_not_harder(gym, capfd, spec, note):
         ("composite", "no such data set; it has flat, hangs, hashes, sums"),
         (
             "sums,size=3",
-            "'size' is no setting of it; it has digits, level, scale, test_level, words",
+            "'size' is no setting of it; it has digits, level, scale, test_level, test_size, words",
         ),
         ("sums,digits=", "digits= must be of type int"),
         ("sums,digits=2.5", "digits=2.5 must be of type int"),

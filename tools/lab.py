@@ -383,7 +383,7 @@ def draw(curves, path):
             continue
         scores = np.array([[e["test"] for e in curve] for curve in curves[mode]])
         at = [e["iteration"] for e in curves[mode][0]]
-        mean, sd = scores.mean(0), scores.std(0)
+        mean, sd = scores.mean(0), scores.std(0, ddof=min(1, len(scores) - 1))
         axis.plot(at, mean, color=color, linewidth=2.5 if mode == "espl" else 1.5)
         axis.fill_between(at, mean - sd, mean + sd, color=color, alpha=0.12, linewidth=0)
         ends.append((mean[-1], f" {DRAWN[mode]}, {mean[-1]:.0%}", color))
