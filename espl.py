@@ -12,12 +12,12 @@ gradient, its system prompts by evolution: selection, TrueSkill ratings, reflect
 Algorithm 1, its lines numbered from "Initialize S" without "end for", and where they are here:
 
     line   what                                                        function             at line
-    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1267
+    1      Initialize S = {(s_root, mu_0, sigma_0)}                    start_run             1269
     2      while not converged                                         train                  197
     3      sample problems x ~ D                                       next_problems          279
     4      select system prompts s_i from S by mu + lambda sigma       select                 428
     5-6    sample solutions y_ij ~ pi_theta(. | s_i, x)                sample_groups          338
-    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1196
+    7      r_ij = R(x, y_ij), V_i = mean_j r_ij                        grade                 1198
     8      the advantages r_ij - V_i                                   set_advantages        382
     8      J = 1/(NM) sum_ij (r_ij - V_i) log pi_theta(y_ij | s_i, x)  surrogate              795
     9      theta <- theta + alpha grad (J - beta KL(pi_theta, pi_ref)) rl_update              759
@@ -1104,6 +1104,8 @@ def read_texts(own, prompts_file):
     for source in sources:
         found = re.findall(r"^\[(\w+)\][ \t]*$(.*?)(?=^\[\w+\][ \t]*$|\Z)", source, re.M | re.S)
         texts |= {name: body.strip() for name, body in found}
+    for name in texts.keys() - SLOTS.keys():
+        raise UserError(f"the prompts have a section [{name}]; they can have {', '.join(SLOTS)}")
     for name, slots in SLOTS.items():
         if name in ("summarize", "aggregate") and texts.get(name) == "":
             continue  # `ask` does not make such a request
@@ -1368,7 +1370,7 @@ def fit_request(chat, template, slots, limit):
         text = slots[name]
         keep = int(0.45 * len(text) * limit / len(ids))  # at both ends
         slots[name] = f"{text[:keep]}\n[... cut ...]\n{text[-keep:]}"
-        if keep < 50 or len(slots[name]) >= len(text):
+        if keep < 80:
             raise NoChild(f"a request does not fit into {limit} tokens")
     return ids
 
@@ -1480,10 +1482,7 @@ def trained_state(run):
 
 
 def resume(run):
-    """Goes back to the latest readable checkpoint, and cuts the logs there.
-
-    Returns its iteration; -1: the run has no checkpoint yet.
-    """
+    """Restores the latest readable checkpoint, and cuts the logs there. Its iteration; -1: none."""
     done = -1
     with checkpoints(run) as manager:
         steps = sorted(manager.all_steps(), reverse=True)

@@ -1974,6 +1974,11 @@ def test_a_section_without_a_slot_is_named(section):
             espl.read_texts(f"[{section}]\n{others}", "")
 
 
+def test_a_misspelt_section_is_named():
+    with pytest.raises(espl.UserError, match=r"have a section \[sumarize\]; .* summarize"):
+        espl.read_texts("[sumarize]\nBriefly: {response}", "")
+
+
 def test_a_tasks_sections_replace_the_seeds_and_a_file_replaces_both(tmp_path):
     body = '{x}, \\frac{1}{2}, {"operation": "add"}, [no section] here,\n[[1, 2]]\n\n{sets} {wins}'
     seed = espl.read_texts("", "")
