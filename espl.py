@@ -243,7 +243,7 @@ def espl_iteration(run, iteration):
     if c.mode != "rl":
         update_ratings(prompts, values, iteration)  # lines 10-11
         best = argmax(values, rng)  # line 12
-        ask_reflector = partial(ask, run, iteration, Counter())
+        ask_reflector = partial(ask, run, iteration, Counter())  # which counts requests
         tournament = Tournament(prompts, groups, best, ask_reflector, run.task.parse, c)
         with timed(run, "reflect"):
             metrics |= breed(run, tournament, iteration, rng)  # lines 13-21
@@ -535,7 +535,7 @@ def mutate(r):
 
     # Appendix Trajectory Summarization: one request for each rollout.
     slots = [g.slots() | {"response": y.text, "grade": y.grade} for g in groups for y in g.rollouts]
-    summaries = iter(r.ask("summarize", slots))
+    summaries = iter(r.ask("summarize", slots))  # taken in order by `critique_slots`
 
     # Appendix Self-Critique and Local Edit Proposal: one request for each problem.
     slots = [critique_slots(g, summaries, c) for g in groups]
@@ -639,7 +639,7 @@ def parse_edits(reply):
     for block in [*reversed(fenced), text]:
         # Up to the last brace that can end an edit; one of LaTeX follows something else.
         whole = "".join(re.findall(r"""\A.*["'\],]\s*\}""", block, re.S))
-        # With a single backslash \frac is LaTeX, and not a form feed before "rac".
+        # \frac is LaTeX here, no form feed; \n is a newline, except in \neq, \nabla and \nu.
         whole = re.sub(r"(?<!\\)\\(?=[bfrt][a-zA-Z]|n(?:eq(?![a-z])|abla|u\b))", r"\\\\", whole)
         with contextlib.suppress(Exception):  # some replies make the parser fail
             if edits := edits_in(json_repair.loads(whole)):
@@ -833,7 +833,7 @@ def add_gradient(gradient, policy, batch, total, objective):
     many layers at once, in several times the memory.
     """
     mask = batch["mask"]
-    keep = linears_fit(policy, mask.size)
+    keep = linears_fit(policy, mask.size)  # then the backward pass does not repeat the Linears
 
     def logprobs(theta):
         model = policy.model(theta)
@@ -1321,7 +1321,7 @@ def open_directory(run):
     with explained(f"another process is writing {run.directory}; wait for it, or use --run-dir"):
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     files = [HERE / "prompts_seed.txt", run.task.file, c.task_argument]
-    files += [c.train_file, c.test_file, c.prompts_file]
+    files += [c.train_file, c.test_file, c.prompts_file, c.population]
     hashes = [(str(f), zlib.crc32(Path(f).read_bytes())) for f in files if os.path.isfile(f)]
     config = run.directory / "config.json"
     if c.resume:
@@ -2229,7 +2229,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, cfg, rngs):
         self.cfg, shape = cfg, (cfg.vocab_size, cfg.model_dim)
-        for name in ("embed_tokens", "lm_head")[: 2 - cfg.tied]:
+        for name in ("embed_tokens",) if cfg.tied else ("embed_tokens", "lm_head"):
             table = 0.02 * jax.random.normal(rngs(), shape, cfg.weight_dtype)
             setattr(self, name, nnx.Param(table))
         self.norm = RMSNorm(cfg, cfg.model_dim)

@@ -27,6 +27,7 @@ import time
 import tokenize
 import zlib
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -957,7 +958,8 @@ def test_adam_is_that_of_torch_with_the_papers_settings(max_grad_norm, tmp_path,
     theirs = [torch.nn.Parameter(torch.tensor(np.array(x))) for x in leaves]
     adam = torch.optim.Adam(theirs, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
     nans = jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), theta)
-    theta, opt_state, _ = espl.adam_step(trainer.optimizer, theta, opt_state, nans)  # left out
+    for _ in range(2):  # both are left out
+        theta, opt_state, _ = espl.adam_step(trainer.optimizer, theta, opt_state, nans)
     rng = np.random.default_rng(0)
     for _ in range(3):
         slopes = [rng.normal(size=x.shape).astype(np.float32) for x in leaves]
@@ -1114,7 +1116,7 @@ def test_kept_outputs_of_linears_change_nothing_but_memory(monkeypatch):
     shapes = [x.shape for x in jax.tree.leaves(policy.frozen)]
     kernels = [s for path, s in zip(weights, shapes) if espl.path_name(path).endswith("kernel")]
     made = 512 * sum(d_out for _, d_out in kernels) * 4
-    for share, keep in ((6, False), (30, True)):
+    for share, keep in ((11, False), (17, True)):
         monkeypatch.setattr(espl, "device_memory", lambda share=share: share * made)
         assert espl.linears_fit(policy, 512) == keep
     y = espl.Rollout([1] * 9, [3, 4] * 250, [-2.0] * 500, advantage=1.0)
@@ -1343,6 +1345,9 @@ REFUSING = (
 )
 DROPPING = "{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}{% endfor %}<|model|>"
 
+DATED = "{{ bos_token }}{{ date_string }}{% for m in messages %} {{ m.content }}{% endfor %}"
+OPENING = "{% for m in messages %}{{ m.content }} {% endfor %}<think>"
+
 
 def make_chat(template, special=(), **kwargs):
     """A Chat over a tokenizer of bytes that puts <bos> before every text."""
@@ -1369,6 +1374,7 @@ def make_chat(template, special=(), **kwargs):
         (REFUSING, {}, "S\n", "<bos><|user|>S\n\n\nÜ 1<|model|>"),
         (REFUSING, {"role": "user"}, "S", "<bos><|user|>Ü 1\n\nS<|model|>"),
         (DROPPING, {}, "S", "<|user|>S\n\nÜ 1<|model|>"),
+        (DATED, {}, "", "<bos>26 Jul 2024 Ü 1"),  # not today's: a run could not be repeated
         (None, {}, "S", "<bos>S\n\nÜ 1\n\n"),
         (None, {}, "", "<bos>Ü 1\n\n"),
     ],
@@ -1583,6 +1589,12 @@ def test_the_surest_prompt_is_tested_or_the_latest(flags, expected):
     assert espl.tested_prompt(run).id == expected
 
 
+def test_a_prompt_older_than_the_pool_is_not_tested(monkeypatch):
+    monkeypatch.setattr(espl, "MAX_POOL_SIZE", 2)
+    run = SimpleNamespace(config=espl.Config(), population=rated((25, 1), (30, 5), (24, 1)))
+    assert espl.tested_prompt(run).id == 2
+
+
 # ---- Reading edits
 
 ADD = '{"operation": "add", "principle": "x"}'
@@ -1622,6 +1634,7 @@ LATEX = (
         ("```json\n[]\n```", []),
         ("Nothing should change: [ ]\n", []),
         ("<think>hm</think>\nSo **[]**.", []),
+        (ADD.replace("x", r"Try A.\nuse B"), ["Try A.\nuse B"]),
         ("We need [] to hold elements.", None),
         ('[{"principle": "x"}]', None),
         (f"<think>{FENCE}</think>No change.", None),
@@ -1784,6 +1797,8 @@ WORDS_13 = "one two three four five six seven eight nine ten eleven twelve thirt
         (r"prove \frac{1} {23}", "?", r"\frac{1}{23}", True),
         ("Ask about Marie Curie.", "?", "Marie Curie", True),
         ("Ask about Marie.", "?", "Marie Curie", False),
+        ("Write six in words.", "?", "six", False),
+        ("Find the sum of all digits.", "Find the sum of all", "?", False),
     ],
 )
 def test_a_principle_must_not_give_a_problem_away(principle, question, answer, leak):
@@ -2034,6 +2049,7 @@ def lesson(folder, train, test=({"question": "t", "answer": 1},), code="", **fla
         ({"question": "q", "groundtruth": "x "}, "q", ("x",)),
         ({"question": "q", "golden_answers": ["a", 2]}, "q", ("a", "2")),
         ({"question": "q", "answer": 142.5}, "q", ("142.5",)),
+        ({"question": "q", "answer": 142.0}, "q", ("142",)),
     ],
 )
 def test_records_become_problems(record, question, answers, tmp_path):
@@ -2138,6 +2154,13 @@ def test_advantages(flags, expected):
     assert [y.advantage for y in rollouts] == pytest.approx(expected)
 
 
+def test_the_marginal_baseline_is_that_of_each_problem():
+    groups = [[graded([1, 0]), graded([0, 0])], [graded([1, 1]), graded([1, 0])]]
+    rollouts = espl.set_advantages(groups, espl.Config(baseline="marginal"))
+    expected = [0.25, -0.75, 0.25, 0.25, -0.25, -0.25, 0.75, -0.25]
+    assert [y.advantage for y in rollouts] == pytest.approx(expected)
+
+
 def test_prompts_that_did_equally_well_tie_exactly():
     """V_i is no mean of means, which differ by rounding where rewards come in another order."""
     zeros = [0] * 5
@@ -2170,10 +2193,12 @@ def test_the_defaults_are_the_papers():
     for line in PAPER.split(","):
         name, value = line.split()
         assert getattr(c, name) == float(value)
+    assert (c.mode, c.selection, c.reflector) == ("espl", "top_random", "reference")
+    assert (c.loss, c.baseline) == ("importance_sampling", "prompt")
     assert espl.MAX_POOL_SIZE == 200
 
 
-def test_a_tasks_defaults_give_way_to_flags_and_it_reads_its_argument(tmp_path):
+def test_a_tasks_defaults_give_way_to_flags_and_it_reads_its_argument(tmp_path, monkeypatch):
     path = tmp_path / "lesson.py"
     path.write_text(
         "import beside\nDEFAULTS = dict(batch_size=beside.SIZE, loss='ppo')\nreward = len"
@@ -2182,6 +2207,9 @@ def test_a_tasks_defaults_give_way_to_flags_and_it_reads_its_argument(tmp_path):
     c = espl.parse_args(["--task", f"{path}:chain:9", "--loss", "cispo", "--no-thinking"])
     assert (c.batch_size, c.loss, c.thinking, c.window) == (7, "cispo", False, 10)
     assert c.task_argument == "chain:9"
+    monkeypatch.chdir(tmp_path)
+    c = espl.parse_args(["--task", "lesson.py", "--test-file", "beside.py"])
+    assert (c.task, c.test_file) == (str(path), str(tmp_path / "beside.py"))
     path.write_text("DEFAULTS = dict(iterations=5)\nreward = len")
     assert espl.parse_args(["--task", str(path)]).iterations == 5
     assert espl.parse_args(["--task", str(path), "--epochs=2"]).iterations == 0  # by epochs
@@ -2365,10 +2393,17 @@ def test_the_logs_of_a_run_agree(run_of, mode):
         assert max(shares) - min(shares) <= 1  # the share of missing prompts goes to the others
         for s, value in m["values"].items():
             assert value == np.mean([r["reward"] for r in made if str(r["prompt"]) == s])
+        assert m["reward_mean"] == pytest.approx(np.mean([r["reward"] for r in made]))
+        assert m["response_tokens"] == np.mean([r["tokens"] for r in made])
+        rewards = {}
+        for r in made:
+            rewards.setdefault((r["prompt"], r["problem"]), set()).add(r["reward"])
+        assert m["contrast_groups"] == np.mean([len(found) > 1 for found in rewards.values()])
         assert m["truncated"] == np.mean([r["stop"] == "length" for r in made])
         assert m["outcomes"] == Counter(r["outcome"] for r in made)
-        sampled = sum(r["tokens"] for r in now)
-        assert m["tokens"]["rollouts"] + m["tokens"].get("evaluation", 0) == sampled
+        assert m["tokens"]["rollouts"] == sum(r["tokens"] for r in made)
+        rest = sum(r["tokens"] for r in now) - m["tokens"]["rollouts"]
+        assert m["tokens"].get("evaluation", 0) == rest
     assert {r["outcome"] for r in rollouts} == {"correct", "wrong", "error"}
 
 
@@ -2412,6 +2447,133 @@ def test_the_last_line_has_the_table_of_the_rollouts(run_of, mode):
     assert last["test"] == pytest.approx(np.mean(table["after, tested"]))
     if mode in ("evolution", "reflection"):
         assert table["before, tested"] == table["after, tested"]  # all have the same seeds
+
+
+def test_before_is_the_base_model_and_after_is_not(run_of):
+    """Frozen weights are those before training: the same root prompt then gets the same texts."""
+
+    def texts(mode, split):
+        lines = read_lines(run_of(mode), "rollouts")
+        return [r["text"] for r in lines if (r["split"], r["prompt"]) == (split, 0)]
+
+    assert texts("rl", "test_before") == texts("evolution", "test_before")
+    assert texts("rl", "test_before") != texts("rl", "test_after")
+
+
+def test_a_run_trains_the_distribution_that_it_samples(exam, tmp_path):
+    flags = ["--mode", "rl", "--iterations", "3", "--temperature", "0.6", "--kl-coef", "0.1"]
+    first, *later = metrics_of(play(command(exam, tmp_path / "run", *flags)))[1:]
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and all(m["kl"] > 1e-4 for m in later)
+    for m in (first, *later):
+        assert m["ratio_mean"] == pytest.approx(1, abs=1e-4)
+
+
+def test_flags_reach_the_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(espl, "cache_tokens", lambda *_: 4711)
+    how = {"loss": "ppo", "temperature": 0.7, "clip": 0.1, "kl_coef": 0.05}
+    how |= {"microbatch_tokens": 99, "max_rows": 3, "model_parallel": 2}
+    run = start(tmp_path, prompt_role="user", thinking=False, **how)
+    assert run.trainer.objective == espl.Objective("ppo", 0.7, 0.1, 0.05)
+    assert (run.trainer.max_tokens, run.policy.max_rows, run.policy.cache_tokens) == (99, 3, 4711)
+    assert (run.chat.role, run.chat.thinking) == ("user", False)
+    assert dict(run.policy.mesh.shape) == {"data": 4, "model": 2}
+
+
+def test_what_is_sampled_graded_and_counted(tmp_path, monkeypatch):
+    """The weights, settings, seeds and tool of the sampler; only what follows </think> counts."""
+    chat, calls = make_chat(OPENING), []
+    response = chat.tokenizer("no</think>yes").input_ids[1:]
+
+    def generate(policy, theta, rollouts, sampling, environment):
+        calls.append((theta, sampling, environment("y")))
+        for y in rollouts:
+            y.tokens, y.logprobs = response, [None] + [0.0] * (len(response) - 1)
+
+    def reward(record, text):
+        return float(text == "yes"), text
+
+    def environment(chat, y):
+        return chat, y
+
+    monkeypatch.setattr(espl, "generate", generate)
+    task = task_saying({"system": "{principles}"})
+    task = dataclasses.replace(task, reward=reward, environment=environment)
+    c = espl.Config(temperature=0.3, top_p=0.8, max_new_tokens=7, run_dir=str(tmp_path))
+    run = espl.Run(c, task, chat, SimpleNamespace(policy=SimpleNamespace(theta="now")), [], None)
+    jobs = [(espl.SystemPrompt(0, []), espl.Problem("p", "q", ("a",)), 2)]
+    for split, iteration, theta in (
+        ("train", 1, None),
+        ("train", 2, None),
+        ("test", 2, None),
+        ("test_before", 2, "base"),
+    ):
+        [g] = espl.sample_groups(run, jobs, split, iteration, theta)
+        assert [(y.reward, y.outcome) for y in g.rollouts] == [(1, "yes")] * 2
+    thetas, samplings, replies = zip(*calls)
+    assert thetas == ("now", "now", "now", "base")
+    assert {s[:3] for s in samplings} == {(0.3, 0.8, 7)}
+    first, second, test, before = (s.seed for s in samplings)
+    assert test == before and len({first, second, test}) == 3
+    assert all(reply[0] is chat and reply[1] == "y" for reply in replies)
+    sampled = 4 * (len(response) - 1)  # a tool's token does not count
+    assert run.tokens == {"rollouts": sampled, "evaluation": sampled}
+
+
+def test_evaluations_come_when_they_are_due(monkeypatch):
+    """And an iteration's seconds and tokens are its own."""
+    due, seen = [], []
+    c = espl.Config(iterations=7, eval_every=3, save_every=2)
+    run = SimpleNamespace(config=c, seconds=Counter(), tokens=Counter(), task=None)
+
+    def iterate(run, iteration):
+        run.seconds["update"] += 1
+        run.tokens["rollouts"] += 1
+        return {}
+
+    def evaluate(run, iteration, last):
+        due.append((iteration, last))
+        return {"test": 0.5}
+
+    def write_logs(run, metrics):
+        seen.append((dict(run.seconds), dict(run.tokens)))
+
+    saved = []
+    fakes = {"espl_iteration": iterate, "evaluate": evaluate, "write_logs": write_logs}
+    fakes |= {"print_line": str, "save_checkpoint": lambda run, m: saved.append(m["iteration"])}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(espl, name, fake)
+    espl.train(run)
+    assert due == [(0, False), (3, False), (6, False), (7, True)]
+    assert saved == [0, 2, 3, 4, 6, 7]
+    assert seen == [({}, {})] + [({"update": 1}, {"rollouts": 1})] * 7
+
+
+def breeding(operator, chance, monkeypatch, times=1):
+    """How often an operator is tried."""
+    monkeypatch.setattr(espl, "OPERATORS", {"it": (operator, lambda c: chance)})
+    run = SimpleNamespace(config=espl.Config(), population=[])
+    winner = SimpleNamespace(winner=SimpleNamespace(id=0), dropped={})
+    rng = np.random.default_rng(0)
+    return sum(bool(espl.breed(run, winner, 1, rng)["no_child"]) for _ in range(times))
+
+
+def test_an_operator_has_its_chance(monkeypatch):
+    assert espl.OPERATORS["crossover"][1](espl.Config(p_crossover=0.37)) == 0.37
+
+    def operator(tournament):
+        raise espl.NoChild("none")
+
+    tried = breeding(operator, 0.3, monkeypatch, 1000)
+    assert scipy.stats.binomtest(tried, 1000, 0.3).pvalue > 1e-4
+
+
+def test_only_want_of_memory_leaves_an_operator(monkeypatch):
+    def exhausted(tournament):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        breeding(exhausted, 1.0, monkeypatch)
+    assert breeding(lambda tournament: 1 / 0, 1.0, monkeypatch) == 1
 
 
 def test_reflections_are_logged(run_of):
@@ -2585,7 +2747,8 @@ def test_a_moved_run_goes_on_in_another_mode(run_of, tmp_path, monkeypatch):
     before = run_of("rl")
     shutil.copytree(before.directory, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    after = play(["--resume", "moved", "--mode", "evolution", "--iterations", 5])
+    flags = ["--mode", "evolution", "--iterations", "5", "--microbatch-tokens", "512"]
+    after = play(["--resume", "moved", *flags])
     assert after.directory == tmp_path / "moved"
     assert metrics_of(after)[:4] == metrics_of(before) and len(metrics_of(after)) == 6
     assert equal(learned(after), learned(before)) and len(prompts_of(after)) > 1
@@ -2594,14 +2757,31 @@ def test_a_moved_run_goes_on_in_another_mode(run_of, tmp_path, monkeypatch):
 
 def test_bad_resume(exam, run_of, tmp_path, capsys):
     other_batch = run_of("espl").directory, "--batch-size", "5"
+    other_rate = run_of("espl").directory, "--learning-rate", "5"
     capsys.readouterr()
     for argv, message in (
         ([tmp_path], "cannot read .*/config.json"),
         ([exam / "model"], "cannot read .*/config.json"),
         (other_batch, "--batch-size cannot change when resuming"),
+        (other_rate, "--learning-rate cannot change when resuming"),
     ):
         assert espl.main(["--resume", *map(str, argv)]) == 2
         assert re.fullmatch(f"espl: error: .*{message}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("flag", ["prompts_file", "population"])
+def test_a_run_whose_files_have_changed_is_not_resumed(flag, tmp_path):
+    file = tmp_path / "file"
+    file.write_text('[{"principles": []}]' if flag == "population" else "[system]\n{principles}")
+    run = start(tmp_path, **{flag: str(file)})
+    run.config.resume = run.config.run_dir
+    for changed in (False, True):
+        run.lock.close()
+        file.write_text(file.read_text() + "\n" * changed)
+        with (
+            pytest.raises(espl.UserError, match=f"{file} has changed") if changed else nullcontext()
+        ):
+            espl.open_directory(run)
 
 
 # ---- Starting from a population; reflectors
@@ -2640,6 +2820,8 @@ def test_who_reflects(chat, reflector, tmp_path, monkeypatch):
     seen = []
 
     def generate(policy, theta, rollouts, sampling):
+        assert sampling[:3] == (0.3, 0.95, 20)
+        assert not any(2 in y.prompt for y in rollouts)  # </s>
         seen.append((theta, [len(y.prompt) for y in rollouts], sampling.seed))
         for y in rollouts:
             y.tokens, y.logprobs = [20, 21], [0.0, 0.0]
@@ -2649,12 +2831,13 @@ def test_who_reflects(chat, reflector, tmp_path, monkeypatch):
     judge = SimpleNamespace(theta="no", theta_ref="judge")
     policy.cfg = judge.cfg = SimpleNamespace(max_context=100)
     task = SimpleNamespace(texts={"summarize": "w1 {a}"})
-    c = espl.Config(reflector=reflector, reflect_tokens=20, run_dir=str(tmp_path))
+    flags = {"reflect_temperature": 0.3, "reflect_tokens": 20, "run_dir": str(tmp_path)}
+    c = espl.Config(reflector=reflector, **flags)
     other = (judge, chat) if reflector == "judge" else None
     run = espl.Run(c, task, chat, SimpleNamespace(policy=policy), [], other)
     calls = Counter()
     for lengths in ((3, 500), (1,)):
-        slots = [{"a": "w2 " * n} for n in lengths]
+        slots = [{"a": "</s> " + "w2 " * n} for n in lengths]
         assert len(espl.ask(run, 1, calls, "summarize", slots)) == len(lengths)
     (theta, (short, long), seed), (_, _, other_seed) = seen
     assert theta == reflector and short < long <= 80 and seed != other_seed
@@ -2750,6 +2933,15 @@ def test_a_request_that_is_too_long_for_the_server_ends_no_run(server, capsys):
     assert "warning: --reflector" in capsys.readouterr().err
 
 
+def test_a_server_that_fails_once_is_asked_again(server):
+    def answer(request):
+        server.answer = completion
+        return 500, {"error": {"message": "try again"}}
+
+    server.answer = answer
+    assert "reply" in espl.ask_server(espl.Config(reflector=server.url), ["a"], first=True)[0]
+
+
 def test_a_reply_without_choices_is_empty(server):
     server.answer = lambda request: (200, completion(request)[1] | {"choices": None})
     c = espl.Config(reflector=server.url)
@@ -2834,6 +3026,8 @@ BAD_FILES = {
 BAD_FLAGS = [
     ("--batch-size 0", "--batch-size 0: must be from 1"),
     ("--temperature nan", "--temperature nan: must be"),
+    ("--top-p 1.5", "--top-p 1.5: must be from 1e-06 to 1"),
+    ("--num-prompts 27", "--num-prompts 27: must be from 1 to 26"),  # sets have letters
     ("--loss foo", "--loss: invalid choice: 'foo'.*ppo"),
     ("--batchsize 5", "--batchsize 5; see python espl.py --help"),
     ("--train-file {d}/none.jsonl", r"cannot read .*none\.jsonl"),

@@ -168,7 +168,8 @@ def plain(text):
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", in_latex("^{%s}"), text)
     text = re.sub("[₀-₉]+", in_latex("_{%s}"), text)
     text = text.translate(str.maketrans(SYMBOLS))
-    thousands = r"(?<![\w.])\d{1,3}(?:(?:\\[ ,;:]|\{,\}|,\\!|[~\s])\d{3})+(?!\d)"
+    space = r"\s(?!\d{3}\s*/\s*\d{3})"  # 3 125/126 is a mixed number
+    thousands = rf"(?<![\w.])\d{{1,3}}(?:(?:\\[ ,;:]|\{{,\}}|,\\!|~|{space})\d{{3}})+(?!\d)"
     text = re.sub(thousands, without_marks, text)
     text = re.sub(r"(?<!\d)(\d*)\.(\d*)\\overline\{(\d+)\}", repeating, text)
     for pattern, meaning in RULES:

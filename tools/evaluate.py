@@ -7,7 +7,7 @@
 
 The evaluated prompt is the checkpoint's tested prompt; without a run it is the best of P.json, a
 list like [{"principles": ["..."]}], or the task's root prompt. A run's own flags hold unless they
-are given here. Nothing in RUN changes but for RUN/eval-<time>/ (or --run-dir), which gets the
+are given here. RUN is not modified, except for RUN/eval-<time>/ (or --run-dir), which gets the
 responses in rollouts.jsonl and a metrics.jsonl of one line.
 """
 
@@ -55,7 +55,7 @@ def config_of(run, given):
         return espl.parse_args([f"{espl.flag_name(flag)}={x}" for flag, x in flags.items()])
     fixed = given.keys() & {"model", "population", "seed"}
     if fixed:
-        raise espl.UserError(f"{espl.flag_name(min(fixed))} is that of RUN; leave it out")
+        raise espl.UserError(f"{espl.flag_name(min(fixed))} is fixed by RUN; leave it out")
     own = {"resume": "", "run_dir": str(run / name), "reflector": "reference", "population": ""}
     c = espl.parse_args(["--resume", str(run)])
     flags = [f"{espl.flag_name(flag)}={x}" for flag, x in given.items()]

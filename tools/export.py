@@ -65,7 +65,9 @@ def export(run, out, step, merge):
             else:
                 write_adapter(part, base, weights, c)
                 what = f"A LoRA adapter (PEFT) for `{c.model}`."
-                serve = f"{c.model} --enable-lora --lora-modules espl=DIR"
+                serve = (
+                    f"{c.model} --enable-lora --max-lora-rank {c.lora_rank} --lora-modules espl=DIR"
+                )
             about = {"run": run.resolve().name, "iteration": iteration, "prompt": s.id}
             card = CARD.format(**about, what=what, serve=serve, c=c)
             (part / "README.md").write_text(card, encoding="utf-8")

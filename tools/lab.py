@@ -85,7 +85,7 @@ def rows_of(command, settings):
         rows = {}
         for model in settings:
             for mode in ("rl", "evolution", "espl"):
-                rows[f"{mode} of {Path(model).name}"] = ["--mode", mode, "--model", model]
+                rows[f"{mode} of {name_of(model)}"] = ["--mode", mode, "--model", model]
         return rows
     if command == "order":
         names = [name for name in MODES if name == "espl" or ", then " in name]
@@ -99,12 +99,16 @@ def rows_of(command, settings):
         return {name: ["--mode", re.split("[ ,]", name)[0]] for name in names}
     if command == "shift":
         return {name: [] for name in ("espl", *SHIFT)}
-    if command == "kl":  # so small a weight only logs it
+    if command == "kl":  # so small a weight changes next to nothing, but the KL is logged
         return {mode: ["--mode", mode, "--kl-coef", "1e-9"] for mode in ("rl", "espl")}
     rows = {"espl": []}
     for text in ABLATIONS if command == "ablations" else [" ".join(settings)]:
         rows |= varied(text)
     return rows
+
+
+def name_of(model):
+    return Path(model).name
 
 
 def varied(text):
@@ -183,7 +187,7 @@ def finished_run(name, flags, out, seed):
     c, then = espl.parse_args(flags), name.partition(", then ")[2]
     stages = [flags]
     if then and not c.iterations:
-        raise espl.UserError("rows in two modes need --iterations")
+        raise espl.UserError("rows that switch modes need --iterations")
     if then:
         first = [*flags, f"--iterations={c.iterations // 2}"]
         second = [f"--resume={directory}", f"--mode={then}", f"--iterations={c.iterations}"]
@@ -191,7 +195,8 @@ def finished_run(name, flags, out, seed):
     saved = report.read_json(directory / "config.json", {})
     metrics = list(report.read_jsonl(directory / "metrics.jsonl"))
     wanted = dataclasses.asdict(c).items()
-    if not metrics or "table" not in metrics[-1] or not wanted <= saved.items():
+    done = metrics and "table" in metrics[-1] and c.iterations in (0, metrics[-1]["iteration"])
+    if not done or not wanted <= saved.items():
         shutil.rmtree(directory, ignore_errors=True)
         for i, stage in enumerate(stages):
             child(out / f"{directory.name}.{i}.log", "espl.py", *stage)
@@ -399,17 +404,23 @@ def laboratory(command, settings, seeds, first, flags, jobs, out, results):
     """Makes the runs of a command, adds its section to the results and prints its tables."""
     out = out.resolve()
     saved = results or out / "results.json"
-    sections = report.read_json(saved, {})
     if command == "readme":
-        write_pages(sections)
+        with espl.explained(f"cannot make the pages from {saved}; give --results"):
+            write_pages(report.read_json(saved, {}))
         return
     out.mkdir(parents=True, exist_ok=True)
     numbers = list(range(first, first + seeds))
     section = {"seeds": numbers, "settings": settings, "flags": flags, "curves": {}}
+    if command == "models" and (not settings or len({*map(name_of, settings)}) < len(settings)):
+        raise espl.UserError("models: name one or more directories, no two of the same name")
     rows, directories = rows_of(command, settings), {}
-    for row in rows.values():
-        row += shlex.split(flags)
-        espl.parse_args(row)  # so that bad input is found before the first run
+    with espl.explained("--flags"):
+        shared = shlex.split(flags)
+    for name, row in rows.items():
+        row[:0] = shared  # what makes a row comes last, so it counts
+        c = espl.parse_args(row)  # so that bad input is found before the first run
+        if ", then " in name and not c.iterations:
+            raise espl.UserError("rows that switch modes need --iterations")
     with ThreadPool(jobs) as pool:
         for name, row in espl.progress(rows.items(), desc=command):
             make = partial(finished_run, name, row, out)
@@ -419,7 +430,8 @@ def laboratory(command, settings, seeds, first, flags, jobs, out, results):
         section["rho"] = {n: [rank_correlations(d) for d in ds] for n, ds in directories.items()}
     if command == "compare":
         draw(section["curves"], out / "compare.png")
-    saved.write_text(json.dumps(sections | {command: section}, separators=(",", ":")))
+    sections = report.read_json(saved, {}) | {command: section}  # others may have written it
+    saved.write_text(json.dumps(sections, separators=(",", ":")))
     print(f"added to {saved}")
     for wanted, make in TABLES.values():
         if wanted == command:
@@ -433,7 +445,7 @@ def main(argv=None):
     parser.add_argument(
         "settings", nargs="*", help="of vary: FLAG=VALUE,VALUE; models: directories"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--flags", default="", help='of espl.py for all runs: "--iterations 30"')
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")

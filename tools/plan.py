@@ -132,7 +132,8 @@ def make_rig(devices, model_parallel, length, microbatch_tokens):
     if kind not in DEVICES or not re.fullmatch(r"[1-9]\d*(x\d+)*", shape):
         raise espl.UserError(f"--devices {devices}: give H100:8 or v5e:4x4; {', '.join(DEVICES)}")
     device = DEVICES[kind]
-    with espl.explained(f"--devices {devices} with --model-parallel {model_parallel}"):
+    what = f"cannot make a mesh of --devices {devices} with --model-parallel {model_parallel}"
+    with espl.explained(what):
         if kind == "cpu":
             found = jax.devices()[: int(shape)]
         elif device.gpu:
@@ -200,12 +201,12 @@ def shapes_in(tree):
     return [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
 
 
-def size(tree):
-    """Bytes on one device; an array that is there twice counts once."""
+def size(tree, itemsize=None):
+    """Bytes on one device, each array once; itemsize: of a number, instead of the array's own."""
     total = 0
     for x in {id(x): x for x in shapes_in(tree)}.values():
         shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-        total += math.prod(shape) * x.dtype.itemsize
+        total += math.prod(shape) * (itemsize or x.dtype.itemsize)
     return total
 
 
@@ -311,6 +312,7 @@ class Clock:
     def __init__(self, policy, rig):
         self.policy, self.rig = policy, rig
         self.weights = size((policy.frozen, policy.theta))
+        self.operations = size((policy.frozen, policy.theta), itemsize=2)  # two for each weight
         self.seconds = self.steps = self.prefilled = 0
         self.shapes, self.read, self.ends = set(), 0, {}
 
@@ -357,8 +359,8 @@ class Clock:
         return cache, tokens, np.zeros(tokens.shape)
 
     def compute(self, tokens, passes=1):
-        """A pass multiplies each token with all weights, of two bytes each."""
-        self.seconds += passes * tokens * self.weights / (0.4e12 * self.rig.device.flops)
+        """A pass multiplies each token with all weights."""
+        self.seconds += passes * tokens * self.operations / (0.4e12 * self.rig.device.flops)
 
 
 def response_lengths(count, median, most):
@@ -433,7 +435,10 @@ def show_table(length, lora_rank):
 
 
 def plan(model, devices, model_parallel, reflector, lora_rank, length, microbatch_tokens, queue):
+    length = espl.bucket(max(1, length))
     if not model:
+        if queue or reflector:
+            raise espl.UserError("--queue and --reflector need a --model")
         show_table(length, lora_rank)
         return
     rig = make_rig(devices, model_parallel, length, microbatch_tokens)

@@ -24,6 +24,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -67,6 +68,11 @@ def run_tool(parser, function, argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        print("error: out of memory; lower --max-rows", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -152,8 +158,8 @@ def interval(values):
 def table_of(metrics):
     """The 2 x 2 table at the end of a run, and its gains: {name: score of each problem}.
 
-    A gain is a difference on each problem, hence paired. Of cells that are equal because no weight
-    was trained, or because the root is the tested prompt, there is one. {}: the run has no table.
+    A gain is a difference on each problem, hence paired. Cells that must be equal (no weight was
+    trained, or the root is the tested prompt) appear once. {}: the run has no table.
     """
     last = metrics[-1] if metrics else {}
     trained = any("loss" in m for m in metrics)
@@ -177,7 +183,7 @@ def rewards_by(name, rollouts):
 
 
 def pass_rates(rollouts):
-    """{k: pass@k} on some problems: how probably one of k responses has a reward of 1.
+    """{k: pass@k} on some problems: the probability that one of k responses has a reward of 1.
 
     If c of n responses have, C(n - c, k) of the C(n, k) choices of k fail: an unbiased estimate.
     """
@@ -473,10 +479,8 @@ def reflections(run):
     """The reflector's replies by iteration, without summaries, and what came of them."""
     replies = defaultdict(list)
     for r in run.log("reflections"):
-        if r.get("request") != "summarize":
-            title = r.get("request", "an operator failed")
-            text = r.get("reply", r.get("traceback"))
-            replies[r["iteration"]].append(fold(title, block(text)))
+        if r["request"] != "summarize":
+            replies[r["iteration"]].append(fold(r["request"], block(r["reply"])))
     parts = []
     for m in run.metrics:
         if m["iteration"] in replies:
@@ -532,7 +536,9 @@ def iteration_page(run, iteration):
     line = next((m for m in run.metrics if m["iteration"] == iteration and "values" in m), None)
     rollouts = list(run.log("rollouts", split="train", iteration=iteration))
     if not (line and rollouts and run.population and run.config):
-        raise espl.UserError(f"--iteration {iteration}: the files in {run.directory} lack it")
+        raise espl.UserError(
+            f"--iteration {iteration}: {run.directory} has no complete record of it"
+        )
     update = "took no step"
     if "loss" in line:
         update = "trained on {trained_rollouts} rollouts, gradient norm {grad_norm:.2f}"

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -197,7 +198,11 @@ def test_a_comparison(pretended, tmp_path, capsys):
     assert second[1:] == [f"--resume={tmp_path}/evolution-then-rl-5", "--mode=rl", "--iterations=7"]
     done = len(pretended)
     assert lab.main([*argv, *flags]) == 0 and len(pretended) == done  # nothing is repeated
-    assert lab.main(argv) == 0 and len(pretended) == 2 * done  # other flags
+    metrics = tmp_path / "evolution-then-rl-5" / "metrics.jsonl"  # as if the second mode had failed
+    metrics.write_text(metrics.read_text().replace('"iteration": 7', '"iteration": 3'))
+    assert lab.main([*argv, *flags]) == 0 and len(pretended) == done + 2
+    done += 2
+    assert lab.main(argv) == 0 and len(pretended) == 2 * done - 2  # other flags
 
 
 def flags_of(calls):
@@ -251,13 +256,42 @@ def test_pages_have_the_tables_of_the_results(tmp_path, monkeypatch):
     assert (tmp_path / "docs" / "compare.png").is_file()
 
 
+def test_what_makes_a_row_counts_more_than_flags_for_all(pretended, tmp_path):
+    flags = ["--flags", "--iterations 4 --num-prompts 5"]
+    assert lab.main(["vary", "num_prompts=1", "--seeds=1", f"--out={tmp_path}", *flags]) == 0
+    prompts = [espl.parse_args(flags).num_prompts for _, *flags in pretended]
+    assert prompts == [5, 1]
+
+
+def test_sections_that_others_wrote_meanwhile_are_kept(pretended, tmp_path, monkeypatch):
+    results, curve_of = tmp_path / "results.json", lab.curve_of
+
+    def other(directory):
+        results.write_text('{"other": 1}')
+        return curve_of(directory)
+
+    monkeypatch.setattr(lab, "curve_of", other)
+    argv = ["vary", "num_prompts=1", "--seeds=1", f"--out={tmp_path}", "--flags=--iterations 4"]
+    assert lab.main(argv) == 0
+    assert json.loads(results.read_text()).keys() == {"other", "vary"}
+
+
 def test_rows_in_two_modes_need_a_number_of_iterations(pretended, tmp_path, capsys):
     argv = ["order", "--seeds", "1", "--out", str(tmp_path), "--flags", "--epochs 2"]
     assert lab.main(argv) == 2 and "need --iterations" in capsys.readouterr().err
 
 
 def test_bad_input_of_the_laboratory(pretended, tmp_path, capsys):
-    for argv in (["vary"], ["vary", "loss=no"], ["compare", "--seeds", "x"], ["no"]):
+    for argv in (
+        ["vary"],
+        ["vary", "loss=no"],
+        ["compare", "--seeds", "x"],
+        ["no"],
+        ["models"],
+        ["models", "a/exported", "b/exported"],
+        ["compare", "--flags", "'"],
+        ["readme"],
+    ):
         assert lab.main([*argv, "--out", str(tmp_path)]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not pretended
@@ -642,7 +676,10 @@ def test_the_queue_of_a_plan(small):
     assert clock.steps == 300 and clock.prefilled == 2 * 128 + 256
     weights = plan.size((policy.frozen, policy.theta))
     read = 157 * (weights + 32 * 256) + 143 * (weights + 32 * 512)  # 32 bytes a token and device
-    seconds = 0.3 + read / (0.9 * 0.05e12) + clock.prefilled * weights / (0.4 * 0.5e12)
+    arrays = jax.tree.leaves((policy.frozen, policy.theta))
+    numbers = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in arrays)
+    operations = 2 * clock.prefilled * numbers
+    seconds = 0.3 + read / (0.9 * 0.05e12) + operations / (0.4 * 0.5e12)
     assert clock.seconds == pytest.approx(seconds)
 
 

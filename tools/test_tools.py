@@ -295,8 +295,7 @@ def write_page_of(directory, text):
     replies = [
         {"iteration": 1, "request": "summarize", "prompt": "p", "reply": "a summary"},
         {"iteration": 1, "request": "critique", "prompt": "p", "reply": text + "x" * 9000},
-        {"iteration": 1, "request": "aggregate", "prompt": "p", "reply": ""},
-        {"iteration": 1, "traceback": text},
+        {"iteration": 1, "request": "aggregate", "prompt": "p", "reply": text},
     ]
     made = {text: {"id": 1, "parents": [0]}}
     line = {"iteration": 1, "children": made, "no_child": {"crossover": text}, "tokens": {text: 1}}

@@ -15,7 +15,7 @@ from report import new_parser, read_run, run_tool  # noqa: E402
 
 import espl  # noqa: E402
 
-SECONDS = 10  # between two looks
+SECONDS = 10  # between polls
 
 
 def track(run, to):
