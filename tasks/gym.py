@@ -154,7 +154,7 @@ def read_spec(spec):
         key, _, value = pair.partition("=")
         if key not in defaults or key in ("seed", "size"):
             known = sorted({*defaults} - {"seed", "size"})
-            raise ValueError(f"gym:{name}: {key!r} is no setting of it; it has {', '.join(known)}")
+            raise ValueError(f"gym:{name}: unknown setting {key!r}; it has {', '.join(known)}")
         with contextlib.suppress(ValueError, SyntaxError):  # a text needs no quotes
             value = ast.literal_eval(value)
         kind = type(defaults[key])

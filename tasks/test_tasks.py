@@ -973,7 +973,7 @@ def test_gym_says_when_the_test_is_not_harder(gym, capfd, spec, note):
         ("composite", "no such data set; it has flat, hangs, hashes, sums"),
         (
             "sums,size=3",
-            "'size' is no setting of it; it has digits, level, scale, test_level, test_size, words",
+            "unknown setting 'size'; it has digits, level, scale, test_level, test_size, words",
         ),
         ("sums,digits=", "digits= must be of type int"),
         ("sums,digits=2.5", "digits=2.5 must be of type int"),

@@ -6,12 +6,12 @@
     python tools/bench.py qwen3-4b --dtype bfloat16 --prompts 30 --prompt-tokens 1024 \\
         --new-tokens 4096 --microbatch-tokens 32768 --vs hf
 
-The workload: --samples responses to each of --prompts random prompts, of --prompt-tokens tokens,
-give or take a half. One token in 128 ends a response, so that lengths are geometric, at most
---new-tokens. Then an update on as many rollouts of --prompt-tokens and half of --new-tokens tokens.
-Both sides take turns, --runs times after one turn that compiles. Shown are medians, and the median
-of the turns' ratios. A prompt's tokens count once for each response in an update, and do not count
-in sampling.
+The workload: --samples responses to each of --prompts random prompts of --prompt-tokens tokens,
+plus or minus half. One token in 128 ends a response, so lengths are geometric, at most --new-tokens.
+Then comes an update on as many rollouts of --prompt-tokens and half of --new-tokens tokens. After
+one turn that compiles, the sides alternate for --runs turns; the table shows medians, and the
+median of the turns' ratios. An update counts a prompt's tokens once for each response; sampling
+does not count them.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Whether a run fits, and what it costs, before anything is rented: espl.py on absent devices.
 
-    python tools/plan.py                                          # the table in docs/scaling.md
+    python tools/plan.py                                          # a table of several models
     python tools/plan.py --model Qwen3-1.7B --devices H100:1      # memory, step by step
     python tools/plan.py --model DIR --devices v5e:4x4 --model-parallel 8 --lora-rank 0
     python tools/plan.py --model Qwen3-1.7B --devices H100:1 --queue       # time, on paper
@@ -10,13 +10,13 @@ No weights are read and no accelerator is used: shapes are compiled, by libtpu (
 "jax[tpu]") or by XLA for CUDA (jax-cuda12-plugin and jax-cuda12-pjrt, in the version of jax).
 
 A step is compiled with the rows that a run would have: as many of --length tokens as espl.py puts
-into its cache. Numbers are GB, 1e9 bytes, of one device. held: all that lies there meanwhile, the
-step's arguments included; peak: with its results and temporary memory. A device's memory is the
+into its cache. Numbers are GB, 1e9 bytes, of one device. held: everything in memory during the
+step, its arguments included; peak: with its results and temporary memory. A device's memory is the
 number on its name plate in GB, about 92 % of a GPU's GiB. Not counted: fragments, cuDNN's
 workspace, and for --queue what devices send to each other.
 
-A model takes minutes to compile, at XLA's lowest effort, which needs a little more memory. What was
-found is kept in JAX_COMPILATION_CACHE_DIR (jax's own cache cannot be read without the devices).
+A model takes minutes to compile, at XLA's lowest effort, which needs a little more memory. Results
+are kept in JAX_COMPILATION_CACHE_DIR (jax's own cache cannot be read without the devices).
 """
 
 import contextlib
