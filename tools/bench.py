@@ -7,7 +7,7 @@
         --new-tokens 4096 --microbatch-tokens 32768 --vs hf
 
 The workload: --samples responses to each of --prompts random prompts of --prompt-tokens tokens,
-plus or minus half. One token in 128 ends a response, so lengths are geometric, at most --new-tokens.
+plus or minus half. One token in 128 ends a response, so lengths are geometric, up to --new-tokens.
 Then comes an update on as many rollouts of --prompt-tokens and half of --new-tokens tokens. After
 one turn that compiles, the sides alternate for --runs turns; the table shows medians, and the
 median of the turns' ratios. An update counts a prompt's tokens once for each response; sampling

@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import report  # noqa: E402
@@ -37,7 +38,8 @@ def evaluate(run, step, table, **given):
     if run:
         history = report.read_run(run).metrics
         iteration = pick_step(run, step)
-    evaluated = espl.start_run(c)
+    with mock.patch.object(espl, "load_task", task_to_evaluate):
+        evaluated = espl.start_run(c)
     if run:
         with espl.explained(f"cannot load a checkpoint of {run}"), checkpoints_of(run) as manager:
             espl.load_checkpoint(evaluated, manager, iteration)
@@ -45,6 +47,13 @@ def evaluate(run, step, table, **given):
     metrics = {"iteration": iteration} | espl.evaluate(evaluated, iteration, last=table)
     espl.write_logs(evaluated, metrics)
     print_scores(report.read_run(c.run_dir), history)
+
+
+def task_to_evaluate(c, load_task=espl.load_task):
+    """The task. It may lack training problems, which are not used."""
+    task = load_task(c)
+    task.train = task.train or task.test
+    return task
 
 
 def config_of(run, given):

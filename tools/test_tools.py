@@ -429,8 +429,10 @@ def test_evaluation_of_a_run(real, test_file, tmp_path, capsys):
 def test_evaluation_of_a_model_with_a_prompt(test_file, tmp_path, capsys):
     population = tmp_path / "population.json"
     population.write_text('[{"id": 0, "principles": ["@ left"]}]')
-    task = tmp_path / "reflected.py"  # no reflector is needed to evaluate
-    task.write_text("from glyphs import *\nDEFAULTS = DEFAULTS | {'reflector': 'no/such'}")
+    task = tmp_path / "reflected.py"  # neither a reflector nor training problems are needed
+    task.write_text(
+        "from glyphs import *\nDEFAULTS = DEFAULTS | {'reflector': 'no/such'}\ndel problems"
+    )
     argv = ["--task", task, "--test-file", test_file, "--test-samples", 1]
     argv += ["--population", population, "--run-dir", tmp_path / "run"]
     assert tool(evaluate, *argv) == 0
@@ -444,7 +446,7 @@ def test_evaluation_of_a_model_with_a_prompt(test_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--seed", 5], "--seed is that of RUN"),
+        (["--seed", 5], "--seed is fixed by RUN"),
         (["--batch-size", 5], "unrecognized arguments"),
         (["--step", 7], r"has no checkpoint 7; it has \[[0-2, ]+\]"),
         (["--test-samples", 0], "--test-samples"),
