@@ -2482,12 +2482,12 @@ def test_flags_reach_the_parts(tmp_path, monkeypatch):
 def test_what_is_sampled_graded_and_counted(tmp_path, monkeypatch):
     """The weights, settings, seeds and tool of the sampler; only what follows </think> counts."""
     chat, calls = make_chat(OPENING), []
-    response = chat.tokenizer("no</think>yes").input_ids[1:]
+    responses = [chat.tokenizer(text).input_ids[1:] for text in ("no</think>yes", "yes")]
 
     def generate(policy, theta, rollouts, sampling, environment):
         calls.append((theta, sampling, environment("y")))
-        for y in rollouts:
-            y.tokens, y.logprobs = response, [None] + [0.0] * (len(response) - 1)
+        for y, tokens in zip(rollouts, responses):
+            y.tokens, y.logprobs = tokens, [None] + [0.0] * (len(tokens) - 1)
 
     def reward(record, text):
         return float(text == "yes"), text
@@ -2508,14 +2508,14 @@ def test_what_is_sampled_graded_and_counted(tmp_path, monkeypatch):
         ("test_before", 2, "base"),
     ):
         [g] = espl.sample_groups(run, jobs, split, iteration, theta)
-        assert [(y.reward, y.outcome) for y in g.rollouts] == [(1, "yes")] * 2
+        assert [(y.reward, y.outcome) for y in g.rollouts] == [(1, "yes"), (0, "wrong")]
     thetas, samplings, replies = zip(*calls)
     assert thetas == ("now", "now", "now", "base")
     assert {s[:3] for s in samplings} == {(0.3, 0.8, 7)}
     first, second, test, before = (s.seed for s in samplings)
     assert test == before and len({first, second, test}) == 3
     assert all(reply[0] is chat and reply[1] == "y" for reply in replies)
-    sampled = 4 * (len(response) - 1)  # a tool's token does not count
+    sampled = 2 * sum(len(tokens) - 1 for tokens in responses)  # a tool's token does not count
     assert run.tokens == {"rollouts": sampled, "evaluation": sampled}
 
 
