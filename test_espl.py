@@ -1111,7 +1111,7 @@ def test_the_logits_of_a_whole_batch_never_exist():
 
 def test_kept_outputs_of_linears_change_nothing_but_memory(monkeypatch):
     """They are kept if a twelfth of the memory holds them; `made` counts their bytes itself."""
-    policy = tiny_policy(4, num_hidden_layers=8)
+    policy = tiny_policy(4, num_hidden_layers=3)
     weights = [path for path, _ in jax.tree.leaves_with_path(policy.frozen)]
     shapes = [x.shape for x in jax.tree.leaves(policy.frozen)]
     kernels = [s for path, s in zip(weights, shapes) if espl.path_name(path).endswith("kernel")]
@@ -2461,7 +2461,7 @@ def test_before_is_the_base_model_and_after_is_not(run_of):
 
 
 def test_a_run_trains_the_distribution_that_it_samples(exam, tmp_path):
-    flags = ["--mode", "rl", "--iterations", "3", "--temperature", "0.6", "--kl-coef", "0.1"]
+    flags = ["--mode", "rl", "--iterations", "2", "--temperature", "0.6", "--kl-coef", "0.1"]
     first, *later = metrics_of(play(command(exam, tmp_path / "run", *flags)))[1:]
     assert first["kl"] == pytest.approx(0, abs=1e-6) and all(m["kl"] > 1e-4 for m in later)
     for m in (first, *later):
