@@ -146,7 +146,7 @@ class Config:
     learning_rate: float = flag(4e-5, "Adam's; betas (0.9, 0.95), eps 1e-8", "RL update")
     loss: str = flag("importance_sampling", "surrogate for J", choices=LOSSES)
     baseline: str = flag("prompt", "V[i,b], or mean over prompts", choices="prompt marginal")
-    clip: float = flag(0.2, "ppo, cispo: ratios within 1 +- this; at least 1 - top_p", high=1)
+    clip: float = flag(0.2, "ppo, cispo: ratios within 1 +- this; take 1 - top_p or more", high=1)
     kl_coef: float = flag(0.0, "beta, weight of KL(pi_theta || pi_ref)")
     max_grad_norm: float = flag(0.0, "clip the gradient's global norm (0: off)")
     mask_truncated: bool = flag(False, "do not train on responses cut at the limit")
@@ -507,8 +507,8 @@ class Tournament:
         return self.prompts[self.best]
 
     def ask_for_edits(self, request, slots):
-        """Replies as lists of edits. An unreadable one is requested once more, then None."""
-        edits = [self.parse(reply) for reply in self.ask(request, slots)]
+        """Replies as lists of edits. An unreadable one is requested once more, then it is None."""
+        edits = [[] if reply == "[]" else self.parse(reply) for reply in self.ask(request, slots)]
         again = [i for i, found in enumerate(edits) if found is None]
         if again and self.config.reflect_temperature > 0:  # greedily it would be the same
             for i, reply in zip(again, self.ask(request, [slots[i] for i in again])):
@@ -1482,7 +1482,7 @@ def trained_state(run):
 
 
 def resume(run):
-    """Restores the latest readable checkpoint, and cuts the logs there. Its iteration; -1: none."""
+    """Restores the latest readable checkpoint, cuts the logs there, returns its iteration or -1."""
     done = -1
     with checkpoints(run) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
@@ -1582,7 +1582,7 @@ def say(text, file=None):
     """Prints beside progress bars, on one process only. A closed terminal ends no run."""
     if jax.process_index() == 0:
         with contextlib.suppress(OSError, ValueError):
-            tqdm.write(text, file or sys.stdout)
+            tqdm.write(text, file)
 
 
 def warn(message):
@@ -1859,8 +1859,9 @@ def decode(policy, theta, cache, live, sampling):
             position[i] = len(so_far(y)) - 1
             steps[i] = min(y.room - len(y.tokens), length - position[i])
             key[i] = y.key
-    state = token, position, steps, key, sampling.temperature, sampling.top_p
-    cache, *sampled = decode_chunk(policy, theta, cache, *state)
+    cache, *sampled = decode_chunk(
+        policy, theta, cache, token, position, steps, key, sampling.temperature, sampling.top_p
+    )
     tokens, logprobs = map(np.asarray, sampled)
     return cache, list(zip(tokens.T, logprobs.T))
 

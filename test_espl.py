@@ -1633,6 +1633,9 @@ LATEX = (
         (FENCE + "\nNo: []", ["x"]),
         ("```json\n[]\n```", []),
         ("Nothing should change: [ ]\n", []),
+        ("So **[]**.", []),
+        ("", None),
+        ("No change.", None),
         ("<think>hm</think>\nSo **[]**.", []),
         (ADD.replace("x", r"Try A.\nuse B"), ["Try A.\nuse B"]),
         ("We need [] to hold elements.", None),
@@ -1889,6 +1892,7 @@ def test_problems_that_a_mutation_reflects_on(flags, names):
         (["?", "?"], [], "(1 critiques unreadable)", 1),
         (["", json.dumps([remove("G0")])], [], "(0 critiques unreadable)", 0),
         ([f"[{ADD}]"], ["?", "```json\n[]\n```"], "['zero', 'one', 'x']", 0),
+        ([f"[{ADD}]"], ["?", "[] or not"], "unreadable", 1),
         ([f"[{ADD}]"], ["?", "<think>[]"], "unreadable", 1),
         ([json.dumps([modify("G1", "1")])], ["[]"], "['zero', 'one']", 0),  # the plan decides
     ],
@@ -1899,6 +1903,14 @@ def test_what_cannot_be_read_is_asked_for_once_more(critiques, plans, child, fai
     assert child in str(found) and dropped["unreadable reply"] == failed
     asked = [len(ask.asked[name]) for name in ("critique", "aggregate")]
     assert asked == [len(critiques), len(plans)]
+
+
+def test_an_empty_aggregate_section_needs_no_parser():
+    """`ask` returns "[]" for it, which a task's own grammar need not know."""
+    ask = Script(summarize=["s"] * 2, critique=["x"], aggregate=["[]"])
+    r = tournament(ask, [[graded(FOUR_PROBLEMS["a"], "a", PARENT)]])
+    r.parse = lambda reply: [{"operation": "add", "principle": reply}] if reply == "x" else None
+    assert espl.mutate(r)[0] == [*PARENT.principles, "x"]
 
 
 def test_only_the_unreadable_ones_are_asked_again():

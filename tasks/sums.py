@@ -96,6 +96,6 @@ def reward(record, response):
 
 
 def parse(reply):
-    """The reply's first line as an added principle. In an aggregate reply they are ignored."""
+    """The reply's first line as an added principle. That of an aggregate reply is ignored."""
     first = reply.strip().partition("\n")[0]
     return [{"operation": "add", "principle": first}] if first else []

@@ -186,8 +186,6 @@ def finished_run(name, flags, out, seed):
     flags = [*flags, f"--seed={seed}", f"--run-dir={directory}", *more_flags(name, seed, out)]
     c, then = espl.parse_args(flags), name.partition(", then ")[2]
     stages = [flags]
-    if then and not c.iterations:
-        raise espl.UserError("rows that switch modes need --iterations")
     if then:
         first = [*flags, f"--iterations={c.iterations // 2}"]
         second = [f"--resume={directory}", f"--mode={then}", f"--iterations={c.iterations}"]
